@@ -1,61 +1,63 @@
 """Train a generative adversarial network on MNIST, measure it every epoch, leave pictures.
 
-    python gan_mnist.py                                    train; look into samples/
-    python gan_mnist.py train --resume                     go on with a run that stopped
-    python gan_mnist.py generate --digits 2026             draw digits, no training needed
-    python gan_mnist.py evaluate                           every metric of the best generator
-    python gan_mnist.py inception                          train the network that measures
+    python gan_mnist.py                           train; look into samples/
+    python gan_mnist.py train --resume            go on with a run that stopped
+    python gan_mnist.py generate --digits 2026    draw digits, no training needed
+    python gan_mnist.py evaluate                  every metric of the best generator
+    python gan_mnist.py inception                 train the network that measures
 
 Every constant below is also a flag (EPOCHS is --epochs) and a field of Settings.
 """
 
 # ---------------------------------------------------------------------------------------------
-# Settings: tweak these
+# Settings: tweak these. [brackets] hold what is allowed
 # ---------------------------------------------------------------------------------------------
 
 # The run
-EPOCHS = 100  # passes over the training images
-MAX_MINUTES = 0.0  # end training after this many minutes, everything saved (0: no limit)
-BATCH_SIZE = 256  # images per training step
-SEED = 0  # same seed, same machine: same bytes
+EPOCHS = 100  # passes over the training images [1..1000000]
+MAX_MINUTES = 0.0  # end training after this many minutes, all saved; 0: no limit [0..1000000]
+BATCH_SIZE = 256  # images per training step [2..65536]
+SEED = 0  # same seed, same machine: same bytes [0..2147483647]
 DATASET = "mnist"  # mnist, or the path of an .npz with uint8 images (and labels)
 SAMPLES_DIR = "samples"  # where pictures and metrics land
 CHECKPOINTS_DIR = "checkpoints"  # where .h5 files and the training state land
 
 # The networks
-ARCHITECTURE = "dense"  # dense
-CONDITIONAL = True  # give both networks the digit's class; false: the plain GAN of 2014
-LATENT_DIM = 64  # numbers that the generator makes an image from
-GENERATOR_WIDTHS = (256, 512)  # units of each hidden layer, latent side first
-DISCRIMINATOR_WIDTHS = (512, 256)  # units of each hidden layer, image side first
+ARCHITECTURE = "dense"  # kind of layers [dense]
+CONDITIONAL = True  # both networks are told the digit's class; false: the plain GAN of 2014
+LATENT_DIM = 64  # numbers that the generator makes an image from [1..65536]
+GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first [1..65536]
+DISCRIMINATOR_WIDTHS = (512, 512, 256)  # units of its hidden layers, image side first [1..65536]
 
 # The game
-LOSS = "relativistic"  # non_saturating minimax least_squares hinge wasserstein relativistic
-R1 = 0.1  # weight of the gradient penalty on real images
-R2 = 0.1  # weight of the gradient penalty on generated images
-SHIFT = 1  # pixels by which the discriminator's images are moved at random (0: not moved)
+LOSS = "relativistic"  # [non_saturating|minimax|least_squares|hinge|wasserstein|relativistic]
+R1 = 0.1  # weight of the gradient penalty on real images [0..1000000]
+R2 = 0.1  # weight of the gradient penalty on generated images [0..1000000]
+SHIFT = 1  # pixels by which the discriminator's images are moved at random [0..8]
 
 # The optimizers
-GENERATOR_LEARNING_RATE = 1e-3  # of Adam
-DISCRIMINATOR_LEARNING_RATE = 1e-3  # of Adam
-DECAY_FROM = 0.5  # share of the run after which the rates fall linearly to zero (1: never)
-BETA_1 = 0.0  # Adam's decay of the gradient's mean; momentum lets the two networks circle
-BETA_2 = 0.99  # Adam's decay of the squared gradient's mean
-EMA_DECAY = 0.999  # per step, of the averaged generator: the one sampled, measured and saved
-PRECISION = "auto"  # of matrix products: float32, bfloat16, or auto: what the processor is made for
+GENERATOR_LEARNING_RATE = 1e-3  # of Adam, at the start [0..1]
+DISCRIMINATOR_LEARNING_RATE = 1e-3  # of Adam, at the start [0..1]
+DECAY_FROM = 0.5  # share of the run after which both rates fall linearly to zero [0..1]
+BETA_1 = 0.0  # Adam's memory of gradients; with any, the players circle each other [0..0.9999]
+BETA_2 = 0.99  # Adam's memory of squared gradients [0..0.999999]
+EMA_DECAY = 0.999  # of the averaged generator, which is sampled and saved [0..0.999999]
+PRECISION = "auto"  # of products; auto: what the processor has [auto|float32|bfloat16]
 
 # The measuring
-INCEPTION = "mnist"  # network behind the Inception score and FID: mnist
-EVALUATION_IMAGES = 10_000  # generated for each measurement
-EVALUATE_EVERY = 1  # epochs between measurements
-SAMPLE_EVERY = 1  # epochs between picture grids
-CHECKPOINT_EVERY = 10  # epochs between numbered .h5 files
+INCEPTION = "mnist"  # network behind the Inception score and FID [mnist]
+EVALUATION_IMAGES = 10_000  # drawn for each measurement [100..1000000]
+EVALUATE_EVERY = 1  # epochs between measurements [1..1000000]
+SAMPLE_EVERY = 1  # epochs between picture grids [1..1000000]
+CHECKPOINT_EVERY = 10  # epochs between numbered .h5 files [1..1000000]
 
 import argparse
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
 import hashlib
+import http.client
 import importlib
 import json
 import logging
@@ -90,10 +92,6 @@ class _ImportedOnFirstUse:
 h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
 matplotlib_image = _ImportedOnFirstUse("matplotlib.image")
 
-HERE = Path(__file__).resolve().parent
-LINE = re.compile(r"^([A-Z][A-Z0-9_]*) = .*?  # (.+)$", re.MULTILINE)
-HELP = dict(LINE.findall(Path(__file__).read_text(encoding="utf-8").split("\nimport ")[0]))
-
 
 class UsageError(ValueError):
     """The user asked for something that cannot be: one line, exit status 2."""
@@ -103,94 +101,67 @@ class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1."""
 
 
-def _whole(low, high=2**31 - 1):
-    words = f"a whole number from {low:,} to {high:,}"
-    return lambda value: type(value) is int and low <= value <= high, words
+class _Setting(NamedTuple):
+    default: object
+    help: str
+    allowed: str  # "low..high" of numbers, "one|other" of words, or empty
 
 
-def _number(low, high=math.inf):
-    words = f"a number of {low} or more" if high == math.inf else f"a number from {low} to {high}"
-    return (
-        lambda value: type(value) in (int, float) and low <= value <= high and math.isfinite(value),
-        words,
+HERE = Path(__file__).resolve().parent
+_SETTING = re.compile(r"^([A-Z][A-Z0-9_]*) = .+?  # (.*?) ?(?:\[(.+)\])?$", re.MULTILINE)
+SETTINGS = {
+    name.lower(): _Setting(globals()[name], words, allowed)
+    for name, words, allowed in _SETTING.findall(
+        Path(__file__).read_text("utf-8").split("\nimport ")[0]
     )
-
-
-def _choice(*names):
-    return lambda value: value in names, "one of " + ", ".join(names)
-
-
-def _widths():
-    return (
-        lambda value: len(value) > 0 and all(_whole(1, 65_536)[0](width) for width in value),
-        "whole numbers from 1 to 65,536 like 128,256,512",
-    )
-
-
-ALLOWED = {
-    "epochs": _whole(1),
-    "max_minutes": _number(0),
-    "batch_size": _whole(2, 65_536),
-    "seed": _whole(0),
-    "architecture": _choice("dense"),
-    "conditional": (lambda value: type(value) is bool, "true or false"),
-    "latent_dim": _whole(1, 65_536),
-    "generator_widths": _widths(),
-    "discriminator_widths": _widths(),
-    "loss": _choice(*re.findall(r"\w+", HELP["LOSS"])),
-    "r1": _number(0),
-    "r2": _number(0),
-    "shift": _whole(0, 8),
-    "generator_learning_rate": _number(0, 1),
-    "discriminator_learning_rate": _number(0, 1),
-    "decay_from": _number(0, 1),
-    "beta_1": _number(0, 0.9999),
-    "beta_2": _number(0, 0.999999),
-    "ema_decay": _number(0, 0.999999),
-    "precision": _choice("auto", "float32", "bfloat16"),
-    "inception": _choice("mnist"),
-    "evaluation_images": _whole(100, 1_000_000),
-    "evaluate_every": _whole(1),
-    "sample_every": _whole(1),
-    "checkpoint_every": _whole(1),
 }
 
 
-def _refuse_bad_settings(settings):
-    for name, (is_allowed, words) in ALLOWED.items():
-        value = getattr(settings, name)
-        if not is_allowed(value):
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} is {value!r}, but must be {words}")
+def _is_allowed(value, setting):
+    kind = type(setting.default)
+    if kind is tuple:
+        each = _Setting(1, "", setting.allowed)
+        return type(value) is tuple and value != () and all(_is_allowed(v, each) for v in value)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        return False
+    if ".." in setting.allowed:
+        low, high = map(float, setting.allowed.split(".."))
+        return low <= value <= high
+    return not setting.allowed or value in setting.allowed.split("|")
+
+
+def _refusal(name, value):
+    setting = SETTINGS[name]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
+    kind = kind.get(type(setting.default), "whole numbers like 128,256,512, each")
+    flag = "--" + name.replace("_", "-")
+    return UsageError(f"{flag} is {value!r}, but must be {kind} {setting.allowed}".rstrip())
+
+
+def _check_settings(settings):
+    for name, setting in SETTINGS.items():
+        if not _is_allowed(getattr(settings, name), setting):
+            raise _refusal(name, getattr(settings, name))
 
 
 Settings = dataclasses.make_dataclass(
     "Settings",
-    [(name.lower(), type(globals()[name]), globals()[name]) for name in HELP],
+    [(name, type(setting.default), setting.default) for name, setting in SETTINGS.items()],
     frozen=True,
-    namespace={
-        "__post_init__": _refuse_bad_settings,
-        "__doc__": "What a run is asked to do: the constants above, in lower case, immutable.\n\n"
-        "Raises UsageError where a value is not allowed.",
-    },
+    namespace={"__post_init__": _check_settings},
 )
+Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageError for bad values."
 
 
 def parse_setting(name, text):
-    """Return the value that `text` from the command line means for the setting `name`.
-
-    Raises UsageError with the flag, the text and what is allowed.
-    """
-    kind = type(getattr(Settings(), name))
+    """Return the value that `text` means for the setting `name`. Raises UsageError."""
+    kind = type(SETTINGS[name].default)
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
-        if kind is tuple:
-            return tuple(int(width) for width in text.split(","))
-        return kind(text)
+        return tuple(map(int, text.split(","))) if kind is tuple else kind(text)
     except (ValueError, KeyError):
-        flag, words = name.replace("_", "-"), ALLOWED[name][1]
-        raise UsageError(f"--{flag} is {text!r}, but must be {words}") from None
+        raise _refusal(name, text) from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,28 +178,23 @@ MNIST_DIGESTS = {  # SHA-256 of each array's bytes: a re-compressed copy is as g
     "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
     "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
-CONNECT_SECONDS = 15  # to the first mirror that answers, all being asked at once
+CONNECT_SECONDS = 15  # until a mirror answers, all being asked at once
 STALL_SECONDS = 15  # without a byte
 LARGEST_DOWNLOAD = 100 * 2**20  # bytes
 LARGEST_NPZ = 4 * 2**30  # bytes, unpacked
 
 
 class Dataset(NamedTuple):
-    """Pictures to learn from."""
+    """Images uint8 (N, H, W, C), labels uint8 (N,) or None, and what outputs call them."""
 
-    images: np.ndarray  # uint8 (N, H, W, C)
-    labels: np.ndarray | None  # uint8 (N,)
-    name: str  # what outputs call it
-
-    @property
-    def classes(self):
-        """Number of classes, 0 without labels."""
-        return 0 if self.labels is None else int(self.labels.max()) + 1
+    images: np.ndarray
+    labels: np.ndarray | None
+    name: str
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`; rename it to `path` when all is written and synced."""
+    """Give a temporary path beside `path`; rename it to `path` once all is written and synced."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -255,10 +221,7 @@ def read_npz(path):
 
 
 def load_mnist():
-    """Return MNIST's arrays by name, from the Keras cache or a mirror; None when there is neither.
-
-    Only arrays with MNIST's digests are trusted.
-    """
+    """Return MNIST's arrays by name from the Keras cache or a mirror, None when neither has it."""
     cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"), "datasets", "mnist.npz")
     if cache.exists():
         with contextlib.suppress(UsageError):
@@ -267,66 +230,49 @@ def load_mnist():
                 return arrays
         print(f"{cache} is not MNIST as published; downloading it again.")
     cache.parent.mkdir(parents=True, exist_ok=True)
-    for url, response in _mirrors_that_answer(MNIST_MIRRORS):
+    for url, answer in _mirrors_that_answer(MNIST_MIRRORS):
         try:
-            with replacing(cache) as partial:
+            with answer.result() as response, replacing(cache) as partial:
                 _save_response(response, partial)
                 arrays = read_npz(partial)
                 if not is_mnist(arrays):
                     raise UsageError("these bytes are not MNIST")
             return arrays
-        except (OSError, UsageError) as error:
+        except (OSError, http.client.HTTPException, UsageError) as error:
             print(f"{url}: {error}")
     return None
 
 
 def is_mnist(arrays):
-    """Return whether the arrays (by name, as in mnist.npz) have MNIST's digests."""
+    """Return whether arrays by name, as in mnist.npz, have MNIST's digests."""
     return all(
-        name in arrays
-        and hashlib.sha256(np.ascontiguousarray(arrays[name]).data).hexdigest() == digest
+        hashlib.sha256(np.ascontiguousarray(arrays.get(name, 0)).data).hexdigest() == digest
         for name, digest in MNIST_DIGESTS.items()
     )
 
 
 def _mirrors_that_answer(urls):
-    """Ask all at once, yield (url, open response) as they answer: one dead host costs no wait."""
-    answered, lock = [], threading.Condition()
-
-    def ask(url):
-        try:
-            result = urllib.request.urlopen(url, timeout=STALL_SECONDS)
-        except (OSError, ValueError) as error:
-            result = error
-        with lock:
-            answered.append((url, result))
-            lock.notify()
-
-    for url in urls:
-        threading.Thread(target=ask, args=(url,), daemon=True).start()
-    deadline = time.monotonic() + CONNECT_SECONDS
-    for position in range(len(urls)):
-        with lock:
-            lock.wait_for(lambda: len(answered) > position, max(0, deadline - time.monotonic()))
-            if len(answered) <= position:
-                print(f"No mirror answered within {CONNECT_SECONDS} s.")
-                return
-            url, result = answered[position]
-        if isinstance(result, Exception):
-            print(f"{url}: {result}")
-        else:
-            yield url, result
+    """Ask all at once, yield (url, future response) as they answer: a dead host costs no wait."""
+    pool = concurrent.futures.ThreadPoolExecutor(len(urls))
+    asked = {pool.submit(urllib.request.urlopen, url, timeout=STALL_SECONDS): url for url in urls}
+    try:
+        for answer in concurrent.futures.as_completed(asked, CONNECT_SECONDS):
+            yield asked[answer], answer
+    except TimeoutError:
+        print(f"No other mirror answered within {CONNECT_SECONDS} s.")
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _save_response(response, path):
-    size = int(response.headers.get("Content-Length", 0)) or None
+    size = int(response.headers.get("Content-Length") or 0) or None
     bar = keras.utils.Progbar(size, unit_name="byte", verbose=sys.stdout.isatty())
-    with response, open(path, "wb") as file:
+    with open(path, "wb") as file:
         while chunk := response.read(2**16):
             file.write(chunk)
+            bar.update(file.tell())
             if file.tell() > LARGEST_DOWNLOAD:
                 raise UsageError(f"more than {LARGEST_DOWNLOAD:,} bytes")
-            bar.update(file.tell())
         if size and file.tell() != size:
             raise UsageError(f"broke off after {file.tell():,} of {size:,} bytes")
 
@@ -334,56 +280,48 @@ def _save_response(response, path):
 def load_dataset(settings):
     """Return the Dataset that `settings.dataset` names.
 
-    Without MNIST and without a network: a stand-in, drawn by the shipped generator and named so.
+    Without MNIST and without a network: a stand-in drawn by the shipped generator, and named so.
     Raises UsageError for an unknown name, a missing path or an .npz that does not fit.
     """
     if settings.dataset != "mnist":
-        return _load_npz_dataset(Path(settings.dataset))
+        return _load_npz_dataset("dataset", settings.dataset)
     arrays = load_mnist()
     if arrays is not None:
         return Dataset(arrays["x_train"][..., np.newaxis], arrays["y_train"], "mnist")
     print(
-        "MNIST is neither in the Keras cache nor to be had from a mirror.\n"
-        "Going on with a stand-in: 60,000 digits drawn by the shipped generator, NOT MNIST."
+        "MNIST is neither in the Keras cache nor to be had from a mirror. Going on with\n"
+        "a stand-in: 60,000 digits drawn by the shipped generator. THIS IS NOT MNIST.\n"
     )
-    labels = np.arange(60_000) % 10
-    generator = load_generator(SHIPPED_GENERATOR)
-    images = draw(generator, latent_points(generator, len(labels), seed=0), labels)
-    return Dataset(images, labels.astype(np.uint8), "stand-in")
+    images, labels = draw_random(load_generator(SHIPPED_GENERATOR), 60_000, seed=0)
+    return Dataset(images, labels, "stand-in")
 
 
-def _load_npz_dataset(path):
-    if not path.exists():
-        raise UsageError(f"--dataset is {str(path)!r}, but must be mnist or the path of an .npz")
+def _load_npz_dataset(flag, path):
+    if not Path(path).exists():
+        raise UsageError(f"--{flag} is {path!r}, but must be the path of an .npz (or mnist)")
     arrays = read_npz(path)
     images = arrays.get("images", arrays.get("x_train"))
-    labels = arrays.get("labels", arrays.get("y_train"))
     if images is None:
         raise UsageError(f"{path} holds no array named images or x_train: {sorted(arrays)}")
-    return as_dataset(images, labels, path.stem)
+    return as_dataset(images, arrays.get("labels", arrays.get("y_train")), Path(path).stem)
 
 
 def as_dataset(images, labels=None, name="images"):
-    """Return a Dataset of uint8 images (N, 28, 28) or (N, 28, 28, 1) and labels (N,) or None.
+    """Return a Dataset of uint8 images (N, 28, 28) or (N, 28, 28, 1) and whole labels (N,) or None.
 
     Raises UsageError where the arrays are of another shape or type, or don't fit each other.
     """
     images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[..., np.newaxis]
+    images = images[..., np.newaxis] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.shape[1:] != (28, 28, 1) or not len(images):
-        raise UsageError(
-            f"images must be uint8 (N, 28, 28) or (N, 28, 28, 1); "
-            f"{name} has {images.dtype} {images.shape}"
-        )
+        got = f"{images.dtype} {images.shape}"
+        raise UsageError(f"{name} must be uint8 (N, 28, 28) or (N, 28, 28, 1), but is {got}")
     if labels is not None:
         labels = np.asarray(labels)
-        whole = np.issubdtype(labels.dtype, np.integer)
-        if not whole or labels.shape != images.shape[:1] or not 0 <= labels.min() <= 255:
-            raise UsageError(
-                f"labels must be whole numbers (N,) from 0 to 255, one for each of "
-                f"{len(images):,} images; {name} has {labels.dtype} {labels.shape}"
-            )
+        fits = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+        if not fits or not 0 <= labels.min() <= labels.max() <= 255:
+            got = f"{labels.dtype} {labels.shape}"
+            raise UsageError(f"labels of {name} must be {len(images):,} of 0 to 255, but are {got}")
         labels = labels.astype(np.uint8)
     return Dataset(images, labels, name)
 
@@ -393,89 +331,79 @@ def as_dataset(images, labels=None, name="images"):
 # ---------------------------------------------------------------------------------------------
 
 
-def _dense_generator(hidden, settings, image_shape):
+def _dense_generator(hidden, settings, image_shape, dtype):
     for width in settings.generator_widths:
-        hidden = keras.layers.Dense(width, use_bias=False)(hidden)
+        hidden = keras.layers.Dense(width, use_bias=False, dtype=dtype)(hidden)
         # A short memory: the statistics must be right after a hundred steps already.
-        hidden = keras.layers.BatchNormalization(momentum=0.9)(hidden)
-        hidden = keras.layers.ReLU()(hidden)
-    hidden = keras.layers.Dense(math.prod(image_shape))(hidden)
+        hidden = keras.layers.BatchNormalization(momentum=0.9, dtype=dtype)(hidden)
+        hidden = keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
+    hidden = keras.layers.Dense(math.prod(image_shape), dtype=dtype)(hidden)
     return keras.layers.Reshape(image_shape)(hidden)
 
 
-def _dense_discriminator(image, classes, settings):
-    hidden = keras.layers.Concatenate()([keras.layers.Flatten()(image), *classes])
+def _dense_discriminator(image, settings, dtype):
+    hidden = keras.layers.Flatten()(image)
     for width in settings.discriminator_widths:
-        hidden = keras.layers.Dense(width)(hidden)
-        hidden = keras.layers.LeakyReLU(0.2)(hidden)
+        hidden = keras.layers.Dense(width, dtype=dtype)(hidden)
+        hidden = keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
     return hidden
 
 
 ARCHITECTURES = {"dense": (_dense_generator, _dense_discriminator)}
 
 
-def build_generator(settings, image_shape=(28, 28, 1), classes=10, precision="float32"):
-    """Return the Keras generator: latent (N, LATENT_DIM) to images (N, H, W, C) in [-1, 1].
+def build_generator(settings, image_shape=(28, 28, 1), classes=10, dtype="float32"):
+    """Return the Keras generator: [latent (N, LATENT_DIM)] to images (N, H, W, C) in [-1, 1].
 
-    With `settings.conditional` its inputs are [latent, class], classes being integers (N,).
+    With `settings.conditional` it takes [latent, class], classes being integers (N,).
     """
-    with _layers_in(precision):
-        latent = keras.Input((settings.latent_dim,), name="latent")
-        inputs, condition = _class_input(settings, classes)
-        hidden = keras.layers.Concatenate()([latent, *condition]) if condition else latent
-        hidden = ARCHITECTURES[settings.architecture][0](hidden, settings, image_shape)
-        images = keras.layers.Activation("tanh", dtype="float32", name="image")(hidden)
-    return keras.Model([latent, *inputs] if inputs else latent, images, name="generator")
+    latent = keras.Input((settings.latent_dim,), name="latent")
+    inputs, hidden = [latent], latent
+    if settings.conditional:
+        inputs.append(keras.Input((), dtype="int32", name="class"))
+        one_hot = keras.layers.CategoryEncoding(classes, output_mode="one_hot")(inputs[1])
+        hidden = keras.layers.Concatenate()([latent, one_hot])
+    hidden = ARCHITECTURES[settings.architecture][0](hidden, settings, image_shape, dtype)
+    images = keras.layers.Activation("tanh", dtype="float32", name="image")(hidden)
+    return keras.Model(inputs, images, name="generator")
 
 
-def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, precision="float32"):
-    """Return the Keras discriminator: images (N, H, W, C) in [-1, 1] to logits (N, 1).
+def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, dtype="float32"):
+    """Return the Keras discriminator: [images (N, H, W, C) in [-1, 1]] to logits (N, 1).
 
-    With `settings.conditional` its inputs are [image, class]. There is no sigmoid: losses take
-    logits.
+    With `settings.conditional` it takes [image, class] and adds the features' projection on the
+    class's own direction (arXiv 1802.05637): FID 2.5 where concatenating the class gave 4.2.
     """
-    with _layers_in(precision):
-        image = keras.Input(image_shape, name="image")
-        inputs, condition = _class_input(settings, classes)
-        hidden = ARCHITECTURES[settings.architecture][1](image, condition, settings)
-        logits = keras.layers.Dense(1, dtype="float32", name="logit")(hidden)
-    return keras.Model([image, *inputs] if inputs else image, logits, name="discriminator")
-
-
-def _class_input(settings, classes):
-    if not settings.conditional:
-        return [], []
-    label = keras.Input((), dtype="int32", name="class")
-    return [label], [keras.layers.CategoryEncoding(classes, output_mode="one_hot")(label)]
-
-
-@contextlib.contextmanager
-def _layers_in(precision):
-    """Build layers that multiply in `precision` and keep their variables in float32."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
+    inputs = [keras.Input(image_shape, name="image")]
+    features = ARCHITECTURES[settings.architecture][1](inputs[0], settings, dtype)
+    features = keras.layers.Activation("linear", dtype="float32")(features)
+    logits = keras.layers.Dense(1)(features)
+    if settings.conditional:
+        inputs.append(keras.Input((), dtype="int32", name="class"))
+        one_hot = keras.layers.CategoryEncoding(classes, output_mode="one_hot")(inputs[1])
+        width = features.shape[-1]
+        direction = keras.layers.Dense(width, use_bias=False, kernel_initializer="random_normal")
+        projection = keras.layers.Dot(axes=1)([features, direction(one_hot)])
+        logits = keras.layers.Add()([logits, keras.layers.Rescaling(width**-0.5)(projection)])
+    return keras.Model(inputs, logits, name="discriminator")
 
 
 def choose_precision(settings):
-    """Return "float32" or "bfloat16", whichever `settings.precision` means on this machine.
+    """Return the Keras dtype policy that `settings.precision` means on this machine.
 
-    "auto" is bfloat16 only where the hardware multiplies it natively: processors with AMX and
-    GPUs of compute capability 8 or more. Elsewhere it is emulated, and slower than float32.
+    "auto" is bfloat16 only where the hardware multiplies it natively: processors with AMX, GPUs
+    of compute capability 8 or more. Elsewhere it is emulated, and slower than float32.
     """
-    if settings.precision != "auto":
-        return settings.precision
-    gpus = tf.config.list_physical_devices("GPU")
-    if gpus:
-        details = tf.config.experimental.get_device_details(gpus[0])
-        native = details.get("compute_capability", (0, 0)) >= (8, 0)
-    else:
-        flags = Path("/proc/cpuinfo")
-        native = flags.exists() and "amx_bf16" in flags.read_text()
-    return "bfloat16" if native else "float32"
+    precision = settings.precision
+    if precision == "auto":
+        gpus, cpu = tf.config.list_physical_devices("GPU"), Path("/proc/cpuinfo")
+        if gpus:
+            details = tf.config.experimental.get_device_details(gpus[0])
+            native = details.get("compute_capability", (0, 0)) >= (8, 0)
+        else:
+            native = cpu.exists() and "amx_bf16" in cpu.read_text()
+        precision = "bfloat16" if native else "float32"
+    return {"bfloat16": "mixed_bfloat16", "float32": "float32"}[precision]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -484,7 +412,7 @@ def choose_precision(settings):
 
 
 class Loss(NamedTuple):
-    """Both players' losses per image, from the logits of real and of generated images (N, 1)."""
+    """Both players' losses per image, from logits (N, 1) of real and of generated images."""
 
     discriminator: callable
     generator: callable
@@ -500,7 +428,7 @@ LOSSES = {
         lambda real, fake: _softplus(-real) + _softplus(fake),
         lambda real, fake: _softplus(-fake),
     ),
-    # ... or, as its minimax game says, descends log(1 - D(G(z))).
+    # ... or, as its minimax game has it, descends log(1 - D(G(z))).
     "minimax": Loss(
         lambda real, fake: _softplus(-real) + _softplus(fake),
         lambda real, fake: -_softplus(fake),
@@ -515,7 +443,7 @@ LOSSES = {
         lambda real, fake: tf.nn.relu(1 - real) + tf.nn.relu(1 + fake),
         lambda real, fake: -fake,
     ),
-    # Arjovsky et al., arXiv 1701.07875; R1 and R2 keep the critic smooth (arXiv 1801.04406).
+    # Arjovsky et al., arXiv 1701.07875; R1 and R2 keep the critic smooth.
     "wasserstein": Loss(
         lambda real, fake: fake - real,
         lambda real, fake: -fake,
@@ -533,25 +461,22 @@ LOSSES = {
 # ---------------------------------------------------------------------------------------------
 
 
-def new_state(settings, dataset, precision):
-    """Return a tf.train.Checkpoint of everything that training changes, freshly initialised.
-
-    What is in it is what --resume restores: both networks, the averaged generator, both
-    optimizers, the random generator, the step, times, losses so far and the history as JSON.
-    """
+def new_state(settings, dataset):
+    """Return a tf.train.Checkpoint of all that training changes and --resume restores."""
     keras.utils.set_random_seed(settings.seed)
-    shape, classes = dataset.images.shape[1:], dataset.classes
+    dtype, shape = choose_precision(settings), dataset.images.shape[1:]
+    classes = class_count(settings, dataset)
     state = tf.train.Checkpoint(
-        generator=build_generator(settings, shape, classes, precision),
-        discriminator=build_discriminator(settings, shape, classes, precision),
+        generator=build_generator(settings, shape, classes, dtype),
+        discriminator=build_discriminator(settings, shape, classes, dtype),
         average=build_generator(settings, shape, classes),
         generator_optimizer=_adam(settings),
         discriminator_optimizer=_adam(settings),
         random=tf.random.Generator.from_seed(settings.seed),
         step=tf.Variable(0, dtype=tf.int64),
-        loss_sums=tf.Variable([0.0, 0.0]),  # of this epoch: discriminator, generator
-        seconds=tf.Variable([0.0, 0.0], dtype=tf.float64),  # training alone this epoch; in all
-        history=tf.Variable("[]"),  # a row an epoch, as metrics.csv has them and more
+        losses=tf.Variable([0.0, 0.0]),  # sums over the epoch: discriminator's, generator's
+        seconds=tf.Variable([0.0, 0.0], dtype=tf.float64),  # training in this epoch; all in all
+        history=tf.Variable("[]"),  # JSON: a dict an epoch
     )
     state.average.set_weights(state.generator.get_weights())
     state.generator_optimizer.build(state.generator.trainable_variables)
@@ -563,62 +488,66 @@ def _adam(settings):
     return keras.optimizers.Adam(0.0, beta_1=settings.beta_1, beta_2=settings.beta_2)
 
 
+def class_count(settings, dataset):
+    """Return how many classes the networks are told of, at least 1."""
+    return int(dataset.labels.max()) + 1 if settings.conditional else 1
+
+
 def compile_training(state, dataset, settings):
     """Return train(order, first, last, pace), which takes the steps first to last of an epoch.
 
-    `order` (N,) is the epoch's permutation of the images, `pace` scales both learning rates. Both
-    losses are added to `state.loss_sums`.
+    `order` (N,) is the epoch's permutation of the images; `pace` scales both learning rates.
     """
     strategy = tf.distribute.get_strategy()
-    images = tf.constant(dataset.images)
-    labels = tf.constant(dataset.labels if settings.conditional else np.zeros(len(images), "u1"))
-    loss = LOSSES[settings.loss]
+    images = tf.constant(dataset.images)  # all of them on the device, a byte a pixel
+    labels = tf.constant(dataset.labels, tf.int32) if settings.conditional else None
 
     def step(batch):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         batch = tf.reshape(batch, (strategy.num_replicas_in_sync, -1))[replica]
         real = tf.cast(tf.gather(images, batch), tf.float32) / 127.5 - 1
-        condition = [tf.cast(tf.gather(labels, batch), tf.int32)] if settings.conditional else []
-        return train_step(state, loss, settings, real, condition)
+        condition = [tf.gather(labels, batch)] if settings.conditional else []
+        return train_step(state, settings, real, condition)
 
     @tf.function
     def train(order, first, last, pace):
         state.generator_optimizer.learning_rate.assign(pace * settings.generator_learning_rate)
-        state.discriminator_optimizer.learning_rate.assign(
-            pace * settings.discriminator_learning_rate
-        )
+        rate = settings.discriminator_learning_rate
+        state.discriminator_optimizer.learning_rate.assign(pace * rate)
         for position in tf.range(first, last):
             batch = order[position * settings.batch_size : (position + 1) * settings.batch_size]
             losses = strategy.run(step, args=(batch,))
-            state.loss_sums.assign_add(strategy.reduce("MEAN", losses, axis=None))
+            state.losses.assign_add(strategy.reduce("MEAN", losses, axis=None))
             update_average(state, settings.ema_decay)
 
     return train
 
 
-def train_step(state, loss, settings, real, condition):
+def train_step(state, settings, real, condition):
     """Update both networks once on real images (N, H, W, C) in [-1, 1]; return both losses (2,).
 
     The fakes are drawn once for both. The logits' slope at the fakes, which R2 needs anyway, is
-    also the generator's gradient up to one factor an image (arXiv 2103.00430), so no backward
-    pass through the discriminator is spent on the generator.
+    also the generator's gradient up to a factor an image (arXiv 2103.00430), so the generator
+    costs no backward pass through the discriminator.
     """
-    generator, discriminator = state.generator, state.discriminator
+    generator, discriminator, loss = state.generator, state.discriminator, LOSSES[settings.loss]
     latent = state.random.normal((len(real), settings.latent_dim))
     with tf.GradientTape() as generator_tape:
-        fake = generator([latent, *condition] if condition else latent, training=True)
+        fake = generator([latent, *condition], training=True)
         fake = shift(fake, settings.shift, state.random)
     with tf.GradientTape() as discriminator_tape:
         real = shift(real, settings.shift, state.random)
         real_logits, real_slope = logits_and_slope(discriminator, real, condition)
-        fake_logits, fake_slope = logits_and_slope(discriminator, tf.stop_gradient(fake), condition)
+        unlinked = tf.stop_gradient(fake)
+        fake_logits, fake_slope = logits_and_slope(discriminator, unlinked, condition)
         discriminator_loss = tf.reduce_mean(loss.discriminator(real_logits, fake_logits))
-        penalised = discriminator_loss + gradient_penalties(settings, real_slope, fake_slope)
+        penalised = discriminator_loss
+        penalised += gradient_penalty(settings.r1, real_slope)
+        penalised += gradient_penalty(settings.r2, fake_slope)
     with tf.GradientTape() as logit_tape:
         logit_tape.watch(fake_logits)
         generator_loss = tf.reduce_mean(loss.generator(real_logits, fake_logits))
-    factor = logit_tape.gradient(generator_loss, fake_logits)
-    factor = tf.reshape(factor, [-1] + [1] * (len(fake.shape) - 1))
+    factor = logit_tape.gradient(generator_loss, fake_logits)[..., tf.newaxis, tf.newaxis]
     variables = discriminator.trainable_variables
     gradients = discriminator_tape.gradient(penalised, variables)
     state.discriminator_optimizer.apply(gradients, variables)
@@ -632,28 +561,21 @@ def logits_and_slope(discriminator, images, condition):
     """Return logits (N, 1) and their gradients with respect to the images (N, H, W, C)."""
     with tf.GradientTape() as tape:
         tape.watch(images)
-        logits = discriminator([images, *condition] if condition else images, training=True)
+        logits = discriminator([images, *condition], training=True)
     return logits, tape.gradient(logits, images)
 
 
-def gradient_penalties(settings, real_slope, fake_slope):
-    """Return R1 / 2 E|slope at real|^2 + R2 / 2 E|slope at fake|^2 (arXiv 1801.04406)."""
-
-    def half_mean_square(slope):
-        return tf.reduce_mean(tf.reduce_sum(slope**2, axis=(1, 2, 3))) / 2
-
-    penalty = 0.0
-    if settings.r1:
-        penalty += settings.r1 * half_mean_square(real_slope)
-    if settings.r2:
-        penalty += settings.r2 * half_mean_square(fake_slope)
-    return penalty
+def gradient_penalty(weight, slope):
+    """Return weight / 2 times the mean squared norm of the slopes (R1 and R2, arXiv 1801.04406)."""
+    if not weight:
+        return 0.0
+    return weight / 2 * tf.reduce_mean(tf.reduce_sum(slope**2, axis=(1, 2, 3)))
 
 
 def shift(images, pixels, random):
-    """Move all images by up to `pixels` each way at random, around the edge (arXiv 2006.10738).
+    """Move a batch by up to `pixels` each way at random, around the edges (arXiv 2006.10738).
 
-    Keeps the discriminator from memorising the training images.
+    The discriminator cannot learn the training images by heart so soon: FID 4.2 instead of 12.2.
     """
     if not pixels:
         return images
@@ -661,9 +583,9 @@ def shift(images, pixels, random):
 
 
 def update_average(state, decay):
-    """Move the averaged generator towards the generator, batch normalisation included.
+    """Move the averaged generator towards the generator, batch normalisation's statistics too.
 
-    The decay warms up as (1 + step) / (10 + step): an average over the last tenth of a short run.
+    The decay warms up as (1 + step) / (10 + step), so that a short run is averaged as well.
     """
     step = tf.cast(state.step.assign_add(1), tf.float32)
     weight = 1 - tf.minimum(decay, (1 + step) / (10 + step))
@@ -675,14 +597,13 @@ def update_average(state, decay):
 # The Inception model and the metrics
 # ---------------------------------------------------------------------------------------------
 
-# FID under another network is another number: new weights get a new name.
-INCEPTION_NAME = "mnist_inception_1"
+INCEPTION_NAME = "mnist_inception_1"  # other weights, other name: FID is another number then
 INCEPTION_EPOCHS = 14
 INCEPTION_BATCH = 500  # images measured at once
 
 
 def build_inception():
-    """Return the MNIST Inception network (arXiv 1409.4842 in small), not yet trained.
+    """Return an untrained Inception network (arXiv 1409.4842) for small grey images.
 
     Images (N, 28, 28, 1) in [-1, 1] to [pooled features (N, 160), class probabilities (N, 10)].
     """
@@ -713,46 +634,39 @@ def _inception_block(hidden, one, three, five, pooled):
 
 
 def train_inception(arrays, epochs=INCEPTION_EPOCHS):
-    """Return a trained MNIST Inception network and its accuracy on the test images.
+    """Return an Inception network trained on MNIST's arrays, and its accuracy on the test images.
 
-    `arrays` are MNIST's by name. Training images are turned, moved and zoomed at random.
+    The training images are turned, moved and zoomed at random.
     """
     keras.utils.set_random_seed(0)
     inception = build_inception()
     edge = {"fill_mode": "constant", "fill_value": -1.0}
-    classifier = keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            keras.layers.Rescaling(1 / 127.5, offset=-1),
-            keras.layers.RandomRotation(0.03, **edge),
-            keras.layers.RandomTranslation(0.08, 0.08, **edge),
-            keras.layers.RandomZoom((-0.12, 0.12), (-0.12, 0.12), **edge),
-            keras.Model(inception.input, inception.output[1]),
-        ]
-    )
+    layers = [
+        keras.Input((28, 28, 1)),
+        keras.layers.Rescaling(1 / 127.5, offset=-1),
+        keras.layers.RandomRotation(0.03, **edge),
+        keras.layers.RandomTranslation(0.08, 0.08, **edge),
+        keras.layers.RandomZoom((-0.12, 0.12), (-0.12, 0.12), **edge),
+        keras.Model(inception.input, inception.output[1]),
+    ]
+    classifier = keras.Sequential(layers)
     steps = math.ceil(len(arrays["x_train"]) / 128)
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0, (epochs - 1) * steps, warmup_target=4e-3, warmup_steps=steps
+    schedule = {"warmup_target": 4e-3, "warmup_steps": steps}
+    rate = keras.optimizers.schedules.CosineDecay(0.0, (epochs - 1) * steps, **schedule)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.02)
+    classifier.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    images, test_images = (
+        arrays[name][..., np.newaxis].astype(np.float32) for name in ("x_train", "x_test")
     )
-    classifier.compile(
-        keras.optimizers.AdamW(rate, weight_decay=0.02),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
-    )
-    classifier.fit(_pixels(arrays["x_train"]), arrays["y_train"], batch_size=128, epochs=epochs)
-    _, accuracy = classifier.evaluate(_pixels(arrays["x_test"]), arrays["y_test"], verbose=0)
-    return inception, accuracy
-
-
-def _pixels(images):
-    return images[..., np.newaxis].astype(np.float32)
+    classifier.fit(images, arrays["y_train"], batch_size=128, epochs=epochs)
+    return inception, classifier.evaluate(test_images, arrays["y_test"], verbose=0)[1]
 
 
 class Ruler(NamedTuple):
-    """A network that measures images, and what it sees in the real ones."""
+    """A network that measures images, and the mean and covariance of what it sees in real ones."""
 
     name: str
-    outputs: callable  # uint8 (M, 500, H, W, C) to features and probabilities
+    outputs: callable  # uint8 (M, 500, H, W, C) to features (M, 500, F), probabilities (M, 500, K)
     mean: np.ndarray  # float64 (F,)
     covariance: np.ndarray  # float64 (F, F)
 
@@ -767,7 +681,7 @@ def load_ruler(settings, dataset):
             lambda images: tuple(network(tf.cast(images, tf.float32) / 127.5 - 1)),
             batches,
             fn_output_signature=(tf.float32, tf.float32),
-            parallel_iterations=2,  # a core each: twice as fast as one batch on two cores
+            parallel_iterations=2,  # a batch a core
         )
 
     if dataset.name == "mnist":
@@ -778,13 +692,11 @@ def load_ruler(settings, dataset):
 
 
 def measure(outputs, images):
-    """Return features float32 (N, F) and probabilities float32 (N, K) of uint8 (N, H, W, C)."""
+    """Return features float32 (N, F) and probabilities (N, K) of uint8 images (N, H, W, C)."""
     padding = np.repeat(images[:1], -len(images) % INCEPTION_BATCH, axis=0)
     batches = np.concatenate([images, padding]).reshape(-1, INCEPTION_BATCH, *images.shape[1:])
-    return tuple(
-        output.numpy().reshape(batches.shape[0] * INCEPTION_BATCH, -1)[: len(images)]
-        for output in outputs(batches)
-    )
+    measured = (np.concatenate(output.numpy()) for output in outputs(batches))
+    return tuple(values[: len(images)] for values in measured)
 
 
 def feature_statistics(features):
@@ -801,18 +713,16 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     number, not an imaginary part. Raises ValueError where an argument is not finite.
     """
     mean_1, mean_2 = np.asarray(mean_1, np.float64), np.asarray(mean_2, np.float64)
-    covariance_1 = np.atleast_2d(np.asarray(covariance_1, np.float64))
-    covariance_2 = np.atleast_2d(np.asarray(covariance_2, np.float64))
+    covariance_1, covariance_2 = np.atleast_2d(covariance_1), np.atleast_2d(covariance_2)
     if not all(np.isfinite(x).all() for x in (mean_1, covariance_1, mean_2, covariance_2)):
         raise ValueError("the Fréchet distance needs finite means and covariances")
     cross = np.linalg.norm(_symmetric_root(covariance_1) @ _symmetric_root(covariance_2), "nuc")
-    distance = np.sum((mean_1 - mean_2) ** 2)
-    distance += np.trace(covariance_1) + np.trace(covariance_2) - 2 * cross
-    return max(0.0, float(distance))
+    distance = np.sum((mean_1 - mean_2) ** 2) - 2 * cross
+    return max(0.0, float(distance + np.trace(covariance_1) + np.trace(covariance_2)))
 
 
 def _symmetric_root(matrix):
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
@@ -838,8 +748,7 @@ def kernel_inception_distance(features_1, features_2, subsets=100, subset_size=1
     """Return mean and standard deviation over random subsets of the unbiased squared MMD.
 
     Kernel (x.y / F + 1)^3 on features (N, F), arXiv 1801.01401: 0 for equal distributions, may be
-    slightly negative; lower is better. Subsets are no larger than the smaller set. Raises
-    ValueError for fewer than 2 images.
+    slightly negative; lower is better. Raises ValueError for fewer than 2 images.
     """
     sets = [np.asarray(features, np.float64) for features in (features_1, features_2)]
     size = min(subset_size, *map(len, sets))
@@ -858,9 +767,9 @@ def kernel_inception_distance(features_1, features_2, subsets=100, subset_size=1
 def precision_recall(real_features, generated_features, neighbours=3):
     """Return improved precision and recall, each 0 to 1, higher is better (arXiv 1904.06991).
 
-    The share of generated features (N, F) within the real ones' manifold, and of real ones within
-    the generated ones': the balls around each point that reach its k-th neighbour. Raises
-    ValueError where a side has no more than `neighbours` points.
+    The share of generated features (N, F) within the real manifold, and of real ones within the
+    generated: the balls around its points that reach their k-th neighbour. Raises ValueError
+    where a side has no more than `neighbours` points.
     """
     sets = [np.asarray(features, np.float64) for features in (real_features, generated_features)]
     if min(map(len, sets)) <= neighbours:
@@ -870,34 +779,33 @@ def precision_recall(real_features, generated_features, neighbours=3):
 
 
 def _share_within(points, manifold, neighbours):
-    radii = np.concatenate(
-        [np.partition(rows, neighbours)[:, neighbours] for rows in _distances(manifold, manifold)]
-    )
-    return float(
-        np.mean([(row <= radii).any() for rows in _distances(points, manifold) for row in rows])
-    )
+    nearest = (np.partition(rows, neighbours) for rows in _distances(manifold, manifold))
+    radii = np.concatenate([rows[:, neighbours] for rows in nearest])
+    within = [(rows <= radii).any(axis=1) for rows in _distances(points, manifold)]
+    return float(np.concatenate(within).mean())
 
 
-def _distances(rows, columns):
+def _distances(points, others):
     """Yield squared distances (1000, M), rows by thousands: all at once would take gigabytes."""
-    for start in range(0, len(rows), 1000):
-        part = rows[start : start + 1000]
-        squares = (part**2).sum(axis=1)[:, np.newaxis] + (columns**2).sum(axis=1)
-        yield np.maximum(squares - 2 * part @ columns.T, 0)
+    for start in range(0, len(points), 1000):
+        part = points[start : start + 1000]
+        squares = (part**2).sum(axis=1)[:, np.newaxis] + (others**2).sum(axis=1)
+        yield np.maximum(squares - 2 * part @ others.T, 0)
 
 
 def quick_metrics(ruler, images):
-    """Return what every epoch reports, by name, from uint8 images (N, H, W, C)."""
+    """Return what every epoch reports, by name, of uint8 images (N, H, W, C)."""
     features, probabilities = measure(ruler.outputs, images)
     score, deviation = inception_score(probabilities)
-    histogram = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
+    classes = probabilities.shape[1]
+    shares = np.bincount(probabilities.argmax(axis=1), minlength=classes) / len(images)
     return {
         "inception_score": score,
         "inception_score_std": deviation,
         "fid": frechet_distance(*feature_statistics(features), ruler.mean, ruler.covariance),
         # Covered: at least a tenth of an even share, so that a stray image doesn't count.
-        "classes_covered": int((histogram >= len(images) / len(histogram) / 10).sum()),
-        "class_histogram": (histogram / len(images)).tolist(),
+        "classes_covered": int((shares >= 0.1 / classes).sum()),
+        "class_shares": shares.tolist(),
     }
 
 
@@ -908,25 +816,17 @@ def evaluate_images(images, settings):
     """
     images = as_dataset(images).images
     if len(images) < 100:
-        raise UsageError(f"{len(images)} images are too few to measure; 100 are the least")
+        raise UsageError(f"{len(images)} images are too few to measure: 100 are the least")
     dataset = load_dataset(settings)
     ruler = load_ruler(settings, dataset)
-    random = np.random.default_rng(0)
-    sample = random.choice(len(dataset.images), min(len(images), len(dataset.images)), False)
-    real, _ = measure(ruler.outputs, dataset.images[np.sort(sample)])
+    some = np.random.default_rng(0).permutation(len(dataset.images))[: len(images)]
+    real, _ = measure(ruler.outputs, dataset.images[some])
     features, _ = measure(ruler.outputs, images)
-    kid, kid_deviation = kernel_inception_distance(real, features)
-    precision, recall = precision_recall(real, features)
-    return {
-        "images": len(images),
-        "dataset": dataset.name,
-        "inception": ruler.name,
-        **quick_metrics(ruler, images),
-        "kid": kid,
-        "kid_std": kid_deviation,
-        "precision": precision,
-        "recall": recall,
-    }
+    metrics = {"images": len(images), "dataset": dataset.name, "inception": ruler.name}
+    metrics |= quick_metrics(ruler, images)
+    metrics["kid"], metrics["kid_std"] = kernel_inception_distance(real, features)
+    metrics["precision"], metrics["recall"] = precision_recall(real, features)
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------
@@ -935,58 +835,56 @@ def evaluate_images(images, settings):
 
 
 def latent_points(generator, count, seed):
-    """Return the same `count` latent points float32 (count, LATENT_DIM) for the same seed."""
+    """Return the same latent points float32 (count, LATENT_DIM) each time for the same seed."""
     size = generator.inputs[0].shape[-1]
     return tf.random.stateless_normal((count, size), (seed, 1)).numpy()
 
 
-def class_count(generator):
-    """Return how many classes the generator takes, 0 where it takes none."""
-    if len(generator.inputs) == 1:
-        return 0
+def classes_of(generator):
+    """Return how many classes the generator is told of, 0 for an unconditional one."""
     encoders = [x for x in generator.layers if isinstance(x, keras.layers.CategoryEncoding)]
-    return encoders[0].num_tokens
+    return encoders[0].num_tokens if encoders else 0
 
 
-def draw(generator, latent, labels=None):
-    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM), and classes if it takes any."""
-    conditional = len(generator.inputs) == 2
+def draw(generator, latent, labels):
+    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM) and classes (N,).
+
+    An unconditional generator ignores the classes.
+    """
     parts = []
     for start in range(0, len(latent), 1000):
-        inputs = [tf.constant(latent[start : start + 1000])]
-        if conditional:
-            inputs.append(tf.constant(labels[start : start + 1000], tf.int32))
-        images = generator(inputs if conditional else inputs[0], training=False)
+        some = slice(start, start + 1000)
+        inputs = [tf.constant(latent[some]), tf.constant(labels[some], tf.int32)]
+        images = generator(inputs[: len(generator.inputs)], training=False)
         parts.append(tf.cast(tf.round((images + 1) * 127.5), tf.uint8).numpy())
     return np.concatenate(parts)
 
 
+def draw_random(generator, count, digits=None, seed=None):
+    """Return images as `generate` does, and their classes uint8 (N,)."""
+    classes = classes_of(generator)
+    if digits is None:
+        labels = np.arange(count) % max(1, classes)
+    else:
+        labels = np.tile([int(digit) for digit in digits], count)
+        if not 0 <= labels.min(initial=classes) <= labels.max(initial=0) < classes:
+            known = f"the classes 0 to {classes - 1}" if classes else "no classes"
+            raise UsageError(f"this generator cannot draw {digits!r}: it knows {known}")
+    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    images = draw(generator, latent_points(generator, len(labels), seed), labels)
+    return images, labels.astype(np.uint8)
+
+
 def generate(generator, count, digits=None, seed=None):
-    """Return uint8 images (N, H, W, C), N being `count`, or `count` rows of `digits` if given.
+    """Return uint8 images (N, H, W, C): `count`, its classes in turn, or `count` rows of `digits`.
 
-    Without digits a conditional generator draws its classes in turn. Without a seed each call
-    draws others. Raises UsageError for digits that the generator doesn't know.
+    Without a seed each call draws others. Raises UsageError for digits the generator can't draw.
     """
-    return _generate_labelled(generator, count, digits, seed)[0]
-
-
-def _generate_labelled(generator, count, digits=None, seed=None):
-    classes = class_count(generator)
-    if digits is not None:
-        digits = [int(digit) for digit in digits]
-        if not classes:
-            raise UsageError("this generator is unconditional: it cannot be asked for digits")
-        if not digits or max(digits) >= classes or min(digits) < 0:
-            raise UsageError(f"digits must be classes from 0 to {classes - 1}, not {digits}")
-    labels = np.tile(digits, count) if digits else np.arange(count) % max(classes, 1)
-    if seed is None:
-        seed = int.from_bytes(os.urandom(3), "big")
-    latent = latent_points(generator, len(labels), seed)
-    return draw(generator, latent, labels), (labels.astype(np.uint8) if classes else None)
+    return draw_random(generator, count, digits, seed)[0]
 
 
 def mosaic(images, columns):
-    """Return one picture (rows * H, columns * W, C) of images (N, H, W, C), black where they end."""
+    """Return one picture (rows * H, columns * W, C) of images (N, H, W, C), the rest black."""
     height, width, channels = images.shape[1:]
     rows = math.ceil(len(images) / columns)
     canvas = np.zeros((rows * columns, height, width, channels), np.uint8)
@@ -995,21 +893,39 @@ def mosaic(images, columns):
     return canvas.reshape(rows * height, columns * width, channels)
 
 
-def save_grid(path, images, columns, title=""):
-    """Write a PNG of images (N, H, W, C), two pixels for each of theirs, under a title."""
+def _figure_of(picture, strip=0):
+    """Return a figure that shows (H, W, C) pixel by pixel below a strip, and its image artist."""
     from matplotlib.figure import Figure
 
-    picture = mosaic(images, columns)
-    height, width = 2 * picture.shape[0], 2 * picture.shape[1]
-    strip = 36 if title else 0  # pixels for the title
-    figure = Figure(figsize=(width / 100, (height + strip) / 100), dpi=100)
-    axes = figure.add_axes((0, 0, 1, height / (height + strip)))
-    axes.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    height, width = picture.shape[0] + strip, picture.shape[1]
+    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, picture.shape[0] / height))
     axes.set_axis_off()
-    if title:
-        figure.text(0.5, 1 - strip / 2 / (height + strip), title, ha="center", va="center")
+    grey = {"cmap": "gray", "vmin": 0, "vmax": 255}
+    return figure, axes.imshow(picture.squeeze(), interpolation="nearest", **grey)
+
+
+def save_grid(path, images, columns, title=""):
+    """Write a PNG of images (N, H, W, C), four pixels for each of theirs, under a title."""
+    picture = mosaic(images, columns).repeat(2, axis=0).repeat(2, axis=1)
+    strip = 36 if title else 0  # pixels
+    figure, _ = _figure_of(picture, strip)
+    top = 1 - strip / 2 / (len(picture) + strip)
+    figure.text(0.5, top, title, ha="center", va="center")
     with replacing(path) as temporary:
         figure.savefig(temporary)
+
+
+def save_animation(path, pictures, frames_per_second):
+    """Write a GIF of equally large pictures (H, W, C)."""
+    from matplotlib.animation import PillowWriter
+
+    figure, shown = _figure_of(pictures[0])
+    writer = PillowWriter(fps=frames_per_second)
+    with replacing(path) as temporary, writer.saving(figure, temporary, dpi=100):
+        for picture in pictures:
+            shown.set_data(picture.squeeze())
+            writer.grab_frame()
 
 
 def save_metrics_plot(path, history, title):
@@ -1019,76 +935,49 @@ def save_metrics_plot(path, history, title):
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     figure.suptitle(title)
     losses, score, distance, shares = figure.subplots(2, 2).ravel()
-    epochs = [row["epoch"] for row in history]
-    losses.plot(epochs, [row["discriminator_loss"] for row in history], label="discriminator")
-    losses.plot(epochs, [row["generator_loss"] for row in history], label="generator")
+    measured = [row for row in history if row["fid"] is not None]
+
+    def plot(axes, rows, name, **style):
+        epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
+        return axes.plot(epochs, values, marker="." if len(rows) < 30 else "", **style)
+
+    plot(losses, history, "discriminator_loss", label="discriminator")
+    plot(losses, history, "generator_loss", label="generator")
     losses.set(title="Losses", ylabel="mean over the epoch")
     losses.legend()
-    measured = [row for row in history if row["fid"] is not None]
-    epochs = [row["epoch"] for row in measured]
-    mean, deviation = (
-        np.array([row[name] for row in measured])
-        for name in ("inception_score", "inception_score_std")
-    )
-    score.plot(epochs, mean)
-    score.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.3)
-    score.set(title="Inception score: higher is better", ylabel="score (shade: deviation)")
-    distance.semilogy(epochs, [row["fid"] for row in measured])
-    distance.set(title="Fréchet Inception distance: lower is better", ylabel="FID (log scale)")
-    histograms = np.array([row["class_histogram"] for row in measured]).T.reshape(-1, len(measured))
-    for digit, share in enumerate(histograms):
-        shares.plot(epochs, 100 * share, label=str(digit))
-    shares.set(title="Share of each class among the samples", ylabel="%", ylim=(0, None))
+    plot(score, measured, "inception_score")
+    score.set(title="Inception score: higher is better", ylabel="IS")
+    plot(distance, measured, "fid")
+    distance.set(title="Fréchet Inception distance: lower is better", yscale="log", ylabel="FID")
+    for digit, line in enumerate(plot(shares, measured, "class_shares")):
+        line.set_label(digit)
+    shares.set(title="Share of each class in the samples", ylim=(0, None))
     shares.legend(ncols=5, fontsize="small")
     for axes in (losses, score, distance, shares):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary)
 
 
-def save_animation(path, frames, frames_per_second):
-    """Write a GIF of equally large pictures (H, W), (H, W, 3) or (H, W, 4), one pixel for each."""
-    from matplotlib.animation import PillowWriter
-    from matplotlib.figure import Figure
-
-    height, width = frames[0].shape[:2]
-    figure = Figure(figsize=(width / 100, height / 100), dpi=100)
-    shown = figure.add_axes((0, 0, 1, 1)).imshow(
-        frames[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest"
-    )
-    shown.axes.set_axis_off()
-    writer = PillowWriter(fps=frames_per_second)
-    with replacing(path) as temporary, writer.saving(figure, temporary, dpi=100):
-        for frame in frames:
-            shown.set_data(frame)
-            writer.grab_frame()
-
-
 def latent_walk(generator, digits, seed, frames=120, stops=6):
-    """Return pictures (H, columns * W) of a smooth round trip through latent space.
+    """Return pictures (H, columns * W, C) of a smooth round trip through latent space.
 
-    One column for each digit (ten without classes), all through the same `stops` latent points,
-    along great circles between them (spherical interpolation, arXiv 1609.04468).
+    One column for each of the digits (default: all classes, or ten walks without classes), each
+    along great circles between `stops` points (spherical interpolation, arXiv 1609.04468).
     """
-    classes = class_count(generator)
-    columns = list(digits) if digits else list(range(classes or 10))
-    points = latent_points(generator, stops * (1 if classes else len(columns)), seed)
-    points = points.reshape(stops, -1, points.shape[-1])
+    labels = np.array(digits or range(classes_of(generator) or 10))
+    points = latent_points(generator, stops * len(labels), seed).reshape(stops, len(labels), -1)
     pictures = []
     for position in np.arange(frames) * stops / frames:
-        here, share = int(position), position % 1
-        latent = _slerp(points[here], points[(here + 1) % stops], share)
-        latent = np.broadcast_to(latent, (len(columns), latent.shape[-1]))
-        pictures.append(mosaic(draw(generator, latent, np.array(columns)), len(columns)).squeeze())
-    return [np.kron(picture, np.ones((2, 2), np.uint8)) for picture in pictures]
-
-
-def _slerp(start, end, share):
-    lengths = np.linalg.norm(start, axis=-1) * np.linalg.norm(end, axis=-1)
-    angle = np.arccos(np.clip((start * end).sum(axis=-1) / lengths, -1, 1))[:, np.newaxis]
-    path = np.sin((1 - share) * angle) * start + np.sin(share * angle) * end
-    return (path / np.sin(angle)).astype(np.float32)
+        start, end = points[int(position)], points[(int(position) + 1) % stops]
+        lengths = np.linalg.norm(start, axis=1) * np.linalg.norm(end, axis=1)
+        angle = np.arccos((start * end).sum(axis=1) / lengths)[:, np.newaxis]
+        path = np.sin((1 - position % 1) * angle) * start + np.sin(position % 1 * angle) * end
+        images = draw(generator, (path / np.sin(angle)).astype(np.float32), labels)
+        pictures.append(mosaic(images, len(labels)).repeat(2, axis=0).repeat(2, axis=1))
+    return pictures
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1096,114 +985,89 @@ def _slerp(start, end, share):
 # ---------------------------------------------------------------------------------------------
 
 SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
-PLAIN_LAYERS = {  # what a file may be made of: nothing in it runs code
-    *("InputLayer", "Dense", "BatchNormalization", "ReLU", "LeakyReLU", "Activation", "Reshape"),
-    *("Flatten", "Concatenate", "CategoryEncoding", "Conv2D", "Conv2DTranspose", "MaxPooling2D"),
-    *("AveragePooling2D", "GlobalAveragePooling2D", "Dropout", "UpSampling2D", "Embedding"),
-}
-MAY_CHANGE = {  # on --resume
-    *("epochs", "max_minutes", "samples_dir", "checkpoints_dir", "evaluation_images"),
-    *("evaluate_every", "sample_every", "checkpoint_every"),
-}
+HARMLESS_LAYERS = set(  # what a file may be made of: none of these runs code from the file
+    "InputLayer Dense BatchNormalization ReLU LeakyReLU Activation Reshape Flatten Concatenate "
+    "CategoryEncoding Embedding Dropout Conv2D Conv2DTranspose UpSampling2D MaxPooling2D "
+    "AveragePooling2D GlobalAveragePooling2D".split()
+)
+MAY_CHANGE = set(  # from one session of a run to the next
+    "epochs max_minutes samples_dir checkpoints_dir evaluation_images evaluate_every "
+    "sample_every checkpoint_every".split()
+)
 
 
 def save_keras(model, path):
     """Write a Keras model to an .h5 that plain keras.models.load_model opens."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # "this file format is considered legacy": people ask for .h5
-    try:
-        with replacing(path) as temporary:
-            model.save(temporary)
-    finally:
-        logger.setLevel(level)
+    logger.setLevel(logging.ERROR)  # or Keras says at each save that .h5 is the older format
+    with replacing(path) as temporary:
+        model.save(temporary)
+    logger.setLevel(level)
 
 
 def load_keras(path):
-    """Return the Keras model in an .h5. Raises UsageError for a file that isn't one or isn't safe."""
-    path = Path(path)
-    if not path.is_file():
+    """Return the Keras model in an .h5. Raises UsageError if there is none or it isn't harmless."""
+    if not Path(path).is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     try:
         with h5py.File(path) as file:
-            config = json.loads(file.attrs["model_config"])["config"]
-            kinds = {layer["class_name"] for layer in config["layers"]}
-        if not kinds <= PLAIN_LAYERS:
-            raise UsageError(f"{path} has layers that are refused: {sorted(kinds - PLAIN_LAYERS)}")
-        return keras.models.load_model(path, compile=False, safe_mode=True)
+            layers = json.loads(file.attrs["model_config"])["config"]["layers"]
+            refused = {layer["class_name"] for layer in layers} - HARMLESS_LAYERS
+        if not refused:
+            return keras.models.load_model(path, compile=False, safe_mode=True)
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} is not a Keras model that can be read: {reason}") from None
+    raise UsageError(f"{path} holds layers that are not let in: {', '.join(sorted(refused))}")
 
 
 def load_generator(path=None, settings=Settings()):
-    """Return the Keras generator in `path`.
+    """Return the Keras generator in `path`; by default the best of the last run, else the shipped.
 
-    Without a path: checkpoints/generator_best.h5 where a run left one, else the shipped one.
-    Raises UsageError for a file that is missing, damaged, unsafe or not a generator.
+    Raises UsageError for a file that is missing, damaged, not harmless or not a generator.
     """
-    path = path or _default_generator(settings)
+    path = path or default_generator(settings)
     model = load_keras(path)
-    shapes = [tuple(tensor.shape) for tensor in model.inputs]
-    takes = [len(shape) for shape in shapes] in ([2], [2, 1]) and shapes[0][1] is not None
-    if not takes or len(model.output_shape) != 4 or class_count(model) is None:
-        raise UsageError(f"{path} is not a generator: it takes {shapes}, not latent (and class)")
+    ranks = [len(tensor.shape) for tensor in model.inputs]
+    if ranks not in ([2], [2, 1]) or len(model.outputs) != 1 or len(model.outputs[0].shape) != 4:
+        raise UsageError(f"{path} is not a generator: latent (and class) in, images out")
     return model
 
 
-def _default_generator(settings):
+def default_generator(settings):
+    """Return the path of the last run's best generator, or of the shipped one."""
     best = Path(settings.checkpoints_dir, "generator_best.h5")
     return best if best.exists() else SHIPPED_GENERATOR
 
 
-def save_state(manager, state, history):
-    """Save all that --resume needs, and the three newest of its kind are kept."""
-    state.history.assign(json.dumps(history))
-    manager.save(checkpoint_number=state.step)
-
-
-def restore_state(manager, state, settings):
-    """Restore the newest state and return its history.
-
-    Raises UsageError where there is none or `settings` cannot continue it.
-    """
-    folder = Path(manager.directory)
-    if not manager.latest_checkpoint:
-        raise UsageError(f"there is nothing to resume in {folder}; start with: python gan_mnist.py")
-    before = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    now = json.loads(_settings_json(settings))
-    different = [
-        f"--{name.replace('_', '-')} was {before.get(name)!r}, is {value!r}"
-        for name, value in now.items()
-        if name not in MAY_CHANGE and before.get(name) != value
-    ]
-    if different:
-        raise UsageError("cannot resume with other settings: " + "; ".join(different))
-    state.restore(manager.latest_checkpoint).assert_consumed()
-    return json.loads(state.history.numpy())
-
-
-def _settings_json(settings):
-    return json.dumps(dataclasses.asdict(settings), indent=1)
-
-
 def start_state_folder(folder, settings):
-    """Make room for a fresh run's state; what an earlier run left moves to previous/."""
+    """Make room for a fresh run's state; the files of an earlier run move to previous/."""
     if folder.exists():
         previous = folder.parent / "previous"
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
         for old in [folder, *folder.parent.glob("generator_*.h5")]:
             old.rename(previous / old.name)
-        print(
-            f"An earlier run's files are now in {previous}; to go on with it:\n"
-            f"  python gan_mnist.py train --resume --checkpoints-dir {previous}"
-        )
+        print(f"The earlier run's checkpoints are in {previous} now; to go on with that run:")
+        print(f"  python gan_mnist.py train --resume --checkpoints-dir {previous}\n")
     folder.mkdir(parents=True)
     with replacing(folder / "settings.json") as temporary:
-        temporary.write_text(_settings_json(settings), encoding="utf-8")
+        temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=1), "utf-8")
+
+
+def restore_state(manager, state, settings):
+    """Restore the newest state. Raises UsageError if there is none or `settings` don't fit it."""
+    folder = Path(manager.directory)
+    if not manager.latest_checkpoint:
+        raise UsageError(f"there is nothing to resume in {folder}")
+    before = json.loads((folder / "settings.json").read_text("utf-8"))
+    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
+    if changed:
+        details = [f"{name} was {before.get(name)}, is {now[name]}" for name in changed]
+        raise UsageError("these settings cannot change on --resume: " + "; ".join(details))
+    state.restore(manager.latest_checkpoint).assert_consumed()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1212,9 +1076,10 @@ def start_state_folder(folder, settings):
 
 STEPS_PER_CALL = 26  # in one compiled call; between calls come the progress bar and Ctrl-C
 COLUMNS = (
-    *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
-    *("inception_score", "inception_score_std", "fid", "classes_covered", "dataset", "inception"),
+    "epoch step seconds images_per_second discriminator_loss generator_loss "
+    "inception_score inception_score_std fid classes_covered dataset inception".split()
 )
+MEASURED = COLUMNS[6:10]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1222,7 +1087,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Run(NamedTuple):
-    """What the epochs of one run share."""
+    """What the epochs of a run share."""
 
     settings: Settings
     dataset: Dataset
@@ -1230,24 +1095,13 @@ class Run(NamedTuple):
     manager: "tf.train.CheckpointManager"
     train_steps: callable
     ruler: Ruler
-    latent: np.ndarray  # the points that every measurement and grid are drawn from
-    labels: np.ndarray
     history: list  # a dict an epoch
     summary: "tf.summary.SummaryWriter"
     stop: threading.Event  # set by Ctrl-C
-    started: float  # on the monotonic clock, less what earlier sessions took
-
-    @property
-    def steps_per_epoch(self):
-        return len(self.dataset.images) // self.settings.batch_size
-
-    @property
-    def samples(self):
-        return Path(self.settings.samples_dir)
-
-    @property
-    def checkpoints(self):
-        return Path(self.settings.checkpoints_dir)
+    started: float  # monotonic seconds, as if the run had never paused
+    steps_per_epoch: int
+    samples: Path
+    checkpoints: Path
 
     def progress(self):
         """Return the share of the run that is done, 0 to 1: of its epochs or of its minutes."""
@@ -1258,7 +1112,8 @@ class Run(NamedTuple):
         return min(1.0, share)
 
     def is_over(self):
-        return self.stop.is_set() or self.progress() >= 1
+        """Return whether its time is up or someone pressed Ctrl-C."""
+        return self.stop.is_set() or self.progress() == 1
 
 
 def train(dataset=None, epochs=None, settings=Settings(), resume=False):
@@ -1276,12 +1131,10 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     elif not isinstance(dataset, Dataset):
         dataset = as_dataset(dataset)
     if len(dataset.images) < settings.batch_size:
-        raise UsageError(
-            f"{dataset.name} has {len(dataset.images)} images, less than a batch: "
-            f"--batch-size is {settings.batch_size}"
-        )
+        size = f"--batch-size is {settings.batch_size}"
+        raise UsageError(f"{dataset.name} has {len(dataset.images)} images, but {size}")
     if dataset.labels is None and settings.conditional:
-        print(f"{dataset.name} has no labels: training without classes.")
+        print(f"{dataset.name} has no labels: training without classes.\n")
         settings = dataclasses.replace(settings, conditional=False)
     with _stopping_on_signals() as stop:
         run = _prepare(settings, dataset, resume, stop)
@@ -1289,7 +1142,8 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
             _train_epoch(run)
             if not stop.is_set():
                 _finish_epoch(run)
-        return _finish(run)
+        _finish(run)
+    return run.state.average
 
 
 def _refuse_unwritable_folders(settings):
@@ -1305,16 +1159,15 @@ def _refuse_unwritable_folders(settings):
 @contextlib.contextmanager
 def _stopping_on_signals():
     """Give an event that Ctrl-C and SIGTERM set; a second Ctrl-C ends at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
+    stop, before = threading.Event(), {}
 
     def ask_to_stop(*_):
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {name: signal.signal(name, ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGINT, signal.SIGTERM):
+            before[name] = signal.signal(name, ask_to_stop)
     try:
         yield stop
     finally:
@@ -1323,45 +1176,43 @@ def _stopping_on_signals():
 
 
 def _prepare(settings, dataset, resume, stop):
-    precision = choose_precision(settings)
     with tf.distribute.get_strategy().scope():
-        state = new_state(settings, dataset, precision)
-    folder = Path(settings.checkpoints_dir, "state")
-    manager = tf.train.CheckpointManager(state, str(folder), max_to_keep=3)
-    history = restore_state(manager, state, settings) if resume else []
-    _print_banner(settings, dataset, state, precision)
-    if not resume:
-        start_state_folder(folder, settings)
-    _start_metrics_file(settings, history)
-    classes = dataset.classes if settings.conditional else 0
+        state = new_state(settings, dataset)
+    samples, checkpoints = Path(settings.samples_dir), Path(settings.checkpoints_dir)
+    manager = tf.train.CheckpointManager(state, str(checkpoints / "state"), max_to_keep=3)
+    if resume:
+        restore_state(manager, state, settings)
+    else:
+        start_state_folder(checkpoints / "state", settings)
+    ruler = load_ruler(settings, dataset)
+    history = json.loads(state.history.numpy())
+    with replacing(samples / "metrics.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(history)
+    _print_banner(settings, dataset, state)
     return Run(
-        settings=settings,
-        dataset=dataset,
-        state=state,
-        manager=manager,
-        train_steps=compile_training(state, dataset, settings),
-        ruler=load_ruler(settings, dataset),
-        latent=latent_points(state.average, max(100, settings.evaluation_images), settings.seed),
-        labels=np.arange(max(100, settings.evaluation_images)) % max(1, classes),
+        *(settings, dataset, state, manager, compile_training(state, dataset, settings), ruler),
         history=history,
-        summary=tf.summary.create_file_writer(str(Path(settings.samples_dir, "tensorboard"))),
+        summary=tf.summary.create_file_writer(str(samples / "tensorboard")),
         stop=stop,
         started=time.monotonic() - float(state.seconds[1]),
+        steps_per_epoch=len(dataset.images) // settings.batch_size,
+        samples=samples,
+        checkpoints=checkpoints,
     )
 
 
-def _print_banner(settings, dataset, state, precision):
-    gpus = tf.config.list_physical_devices("GPU")
-    device = f"{len(gpus)} GPU" if gpus else f"CPU, {os.cpu_count()} cores"
+def _print_banner(settings, dataset, state):
+    gpus = len(tf.config.list_physical_devices("GPU"))
+    device = f"{gpus} GPU" if gpus else f"CPU, {os.cpu_count()} cores"
     size = "x".join(map(str, dataset.images.shape[1:]))
     kind = "class-conditional" if settings.conditional else "unconditional"
-    print(
-        f"data           {dataset.name}: {len(dataset.images):,} images of {size}\n"
-        f"generator      {state.generator.count_params():,} parameters, {settings.architecture},"
-        f" {kind}\n"
-        f"discriminator  {state.discriminator.count_params():,} parameters, {settings.loss} loss\n"
-        f"device         {device}, {precision} products, TensorFlow {tf.__version__}\n"
-    )
+    generator, discriminator = state.generator.count_params(), state.discriminator.count_params()
+    print(f"data           {dataset.name}, {len(dataset.images):,} images of {size}")
+    print(f"generator      {settings.architecture}, {kind}, {generator:,} parameters")
+    print(f"discriminator  {settings.loss} loss, {discriminator:,} parameters")
+    print(f"device         {device}, {choose_precision(settings)}, TensorFlow {tf.__version__}\n")
     print("epoch  seconds  images/s   D loss   G loss      IS      FID  classes", flush=True)
 
 
@@ -1369,67 +1220,65 @@ def _train_epoch(run):
     """Take the epoch's steps that are left, until its end, the run's end or Ctrl-C."""
     settings, state = run.settings, run.state
     epoch, first = divmod(int(state.step), run.steps_per_epoch)
-    order = tf.random.experimental.stateless_shuffle(
-        tf.range(len(run.dataset.images)), seed=(settings.seed, epoch)
-    )
-    bar = keras.utils.Progbar(
-        run.steps_per_epoch,
-        width=12,
-        stateful_metrics=["images/s", "D loss", "G loss"],
-        verbose=sys.stdout.isatty(),
-    )
+    order = tf.range(len(run.dataset.images))
+    order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
+    columns = ["images/s", "D loss", "G loss"]
+    verbose = sys.stdout.isatty()
+    bar = keras.utils.Progbar(run.steps_per_epoch, 12, verbose, stateful_metrics=columns)
     while first < run.steps_per_epoch and not run.is_over():
         last = min(first + STEPS_PER_CALL, run.steps_per_epoch)
-        rate = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
+        pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
         start = time.monotonic()
-        run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(rate))
-        losses = state.loss_sums.numpy() / last
+        run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
+        losses = state.losses.numpy() / last
         seconds = time.monotonic() - start
-        state.seconds.assign([state.seconds[0] + seconds, time.monotonic() - run.started])
+        state.seconds.assign([float(state.seconds[0]) + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
+        bar.update(last, list(zip(columns, [speed, *losses], strict=True)), finalize=False)
         first = last
-        shown = [("images/s", speed), ("D loss", losses[0]), ("G loss", losses[1])]
-        bar.update(first, shown, finalize=False)
 
 
 def _finish_epoch(run):
-    """Measure, report and save the epoch that was just trained."""
-    settings, state = run.settings, run.state
-    row = _training_row(run)
-    is_last = run.progress() >= 1
-    if row["epoch"] % settings.evaluate_every == 0 or is_last:
+    """Measure, report, picture and save the epoch that was just trained."""
+    settings, average = run.settings, run.state.average
+    row, is_last = _training_row(run), run.is_over()
+    epoch = row["epoch"]
+    if epoch % settings.evaluate_every == 0 or is_last:
         row |= quick_metrics(run.ruler, _samples(run, settings.evaluation_images))
-    run.history[:] = [old for old in run.history if old["epoch"] < row["epoch"]] + [row]
+    run.history[:] = [old for old in run.history if old["epoch"] < epoch] + [row]
     _report(run, row)
-    if row["epoch"] % settings.sample_every == 0 or is_last:
+    if epoch % settings.sample_every == 0 or is_last:
         _save_epoch_grid(run, row)
-    save_keras(state.average, run.checkpoints / "generator_latest.h5")
-    if row["epoch"] % settings.checkpoint_every == 0:
-        save_keras(state.average, run.checkpoints / f"generator_model_epoch_{row['epoch']:03d}.h5")
-    if row["fid"] is not None and row is _best(run.history):
-        save_keras(state.average, run.checkpoints / "generator_best.h5")
-    state.loss_sums.assign([0.0, 0.0])
-    state.seconds.assign([0.0, time.monotonic() - run.started])
-    save_state(run.manager, state, run.history)
+    save_keras(average, run.checkpoints / "generator_latest.h5")
+    if row is _best(run.history):
+        save_keras(average, run.checkpoints / "generator_best.h5")
+    if epoch % settings.checkpoint_every == 0:
+        save_keras(average, run.checkpoints / f"generator_model_epoch_{epoch:03d}.h5")
+    run.state.losses.assign([0.0, 0.0])
+    run.state.seconds.assign([0.0, time.monotonic() - run.started])
+    _save_state(run)
+
+
+def _save_state(run):
+    run.state.history.assign(json.dumps(run.history))
+    run.manager.save(checkpoint_number=run.state.step)
 
 
 def _training_row(run):
-    state, step = run.state, int(run.state.step)
-    steps = (step - 1) % run.steps_per_epoch + 1
-    losses, seconds = state.loss_sums.numpy() / steps, float(state.seconds[0])
+    step, seconds = int(run.state.step), float(run.state.seconds[0])
+    epoch, steps = divmod(step - 1, run.steps_per_epoch)
+    losses = run.state.losses.numpy() / (steps + 1)
     if not np.isfinite(losses).all():
-        raise RunError(
-            f"the losses are no longer finite after step {step:,}; the last good state and "
-            f".h5 files are kept. Try lower learning rates."
-        )
+        kept = "the last good state and .h5 files are kept"
+        raise RunError(f"the losses are not finite after step {step}: lower the rates; {kept}")
     return {
-        "epoch": (step - 1) // run.steps_per_epoch + 1,
+        "epoch": epoch + 1,
         "step": step,
         "seconds": round(seconds, 3),
-        "images_per_second": round(steps * run.settings.batch_size / seconds),
+        "images_per_second": round((steps + 1) * run.settings.batch_size / seconds),
         "discriminator_loss": float(losses[0]),
         "generator_loss": float(losses[1]),
-        **dict.fromkeys(COLUMNS[6:10]),
+        **dict.fromkeys(MEASURED),
         "dataset": run.dataset.name,
         "inception": run.ruler.name,
     }
@@ -1441,40 +1290,32 @@ def _best(history):
 
 
 def _samples(run, count):
-    return draw(run.state.average, run.latent[:count], run.labels[:count])
-
-
-def _start_metrics_file(settings, history):
-    with replacing(Path(settings.samples_dir, "metrics.csv")) as temporary:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(history)
+    """Return `count` images (N, H, W, C) by the averaged generator, from the same points always."""
+    latent = latent_points(run.state.average, count, run.settings.seed)
+    return draw(
+        run.state.average, latent, np.arange(count) % class_count(run.settings, run.dataset)
+    )
 
 
 def _report(run, row):
     with open(run.samples / "metrics.csv", "a", newline="") as file:
         csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
-    measured = " " * 25
+    line = "{epoch:5d} {seconds:8.1f} {images_per_second:9,d} "
+    line += "{discriminator_loss:8.4f} {generator_loss:8.4f} "
     if row["fid"] is not None:
-        measured = f"{row['inception_score']:8.3f} {row['fid']:8.3f} {row['classes_covered']:8d}"
-    print(
-        ("\r\033[K" if sys.stdout.isatty() else "")
-        + f"{row['epoch']:5d} {row['seconds']:8.1f} {row['images_per_second']:9,d}"
-        f" {row['discriminator_loss']:8.4f} {row['generator_loss']:8.4f} {measured}",
-        flush=True,
-    )
-    with run.summary.as_default(step=row["epoch"]):
-        for name in COLUMNS[3:10]:
-            if row[name] is not None:
-                _write_summary(name, "scalars", float(row[name]))
-    run.summary.flush()
+        line += "{inception_score:7.3f} {fid:8.3f} {classes_covered:8d}"
+    print(("\r\033[K" if sys.stdout.isatty() else "") + line.format(**row), flush=True)
+    for name in COLUMNS[3:10]:
+        if row[name] is not None:
+            _write_summary(run, row["epoch"], name, "scalars", float(row[name]))
 
 
-def _write_summary(tag, plugin, value):
-    """Write for TensorBoard without its package, which tf.summary.scalar would import."""
+def _write_summary(run, epoch, tag, plugin, value):
+    """Write for TensorBoard as tf.summary.scalar and image do, which need its package installed."""
     metadata = tf.compat.v1.SummaryMetadata(plugin_data={"plugin_name": plugin})
-    tf.summary.write(tag, value, metadata=metadata)
+    with run.summary.as_default(step=epoch):
+        tf.summary.write(tag, value, metadata=metadata)
+    run.summary.flush()
 
 
 def _title(run, row):
@@ -1484,64 +1325,142 @@ def _title(run, row):
     return title if run.dataset.name == "mnist" else f"{title}    {run.dataset.name}, not MNIST"
 
 
-def _grid_path(run, epoch):
-    return run.samples / f"image_at_epoch_{epoch:04d}.png"
+def _grid_path(run, row):
+    return run.samples / f"image_at_epoch_{row['epoch']:04d}.png"
 
 
 def _save_epoch_grid(run, row):
-    order = np.arange(100)
-    if run.settings.conditional:  # a row a class
-        order = np.argsort(run.labels[:100], kind="stable")
-    path = _grid_path(run, row["epoch"])
-    save_grid(path, _samples(run, 100)[order], columns=10, title=_title(run, row))
-    with run.summary.as_default(step=row["epoch"]):
-        png = path.read_bytes()
-        _write_summary("samples", "images", tf.constant(["560", "596", png]))
+    """Write 10 x 10 samples, a row a class."""
+    classes, images = class_count(run.settings, run.dataset), _samples(run, 100)
+    order = np.argsort(np.arange(100) % classes, kind="stable")
+    path = _grid_path(run, row)
+    save_grid(path, images[order], 10, _title(run, row))
+    _write_summary(run, row["epoch"], "samples", "images", ["560", "596", path.read_bytes()])
 
 
 def _finish(run):
-    """Draw what a whole run leaves, say where it is; return the averaged generator."""
-    done = run.history
-    if done:
-        save_metrics_plot(run.samples / "metrics.png", done, _title(run, done[-1]))
-        frames = [_grid_path(run, row["epoch"]) for row in done]
-        frames = [matplotlib_image.imread(path) for path in frames if path.exists()]
-        save_animation(run.samples / "training.gif", frames, frames_per_second=6)
+    """Draw what a whole run leaves and say where it is."""
+    if run.history:
+        title = _title(run, run.history[-1])
+        save_metrics_plot(run.samples / "metrics.png", run.history, title)
+        paths = [_grid_path(run, row) for row in run.history]
+        grids = [matplotlib_image.imread(path) for path in paths if path.exists()]
+        save_animation(run.samples / "training.gif", grids, frames_per_second=6)
     if run.stop.is_set():
-        save_state(run.manager, run.state, done)
+        _save_state(run)
         raise Interrupted
-    best = _best(done)
-    print(
-        f"\nBest FID {best['fid']:.3f} after epoch {best['epoch']}: "
-        f"{run.checkpoints / 'generator_best.h5'}\n"
-        f"Look at {run.samples / 'training.gif'} and {run.samples / 'metrics.png'}; "
-        "draw more with: python gan_mnist.py generate"
-    )
-    return run.state.average
+    best = _best(run.history)
+    print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, ", end="")
+    print(f"kept in {run.checkpoints / 'generator_best.h5'}")
+    print(f"Look at {run.samples}/: the grids, metrics.png, training.gif")
+    print("Draw more: python gan_mnist.py generate", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
+
+def _train_command(settings, options):
+    train(settings=settings, resume="resume" in options)
+
+
+def _generate_command(settings, options):
+    output = Path(options.get("output", Path(settings.samples_dir, "generated.png")))
+    if output.suffix not in (".png", ".npz", ".gif", ""):
+        raise UsageError(f"--output is {str(output)!r}, but must be a .png, .npz, .gif or a folder")
+    digits = options.get("digits")
+    if not re.fullmatch("[0-9]+", digits or "0"):
+        raise UsageError(f"--digits is {digits!r}, but must be digits like 2026")
+    path = options.get("checkpoint", default_generator(settings))
+    generator = load_generator(path, settings)
+    count = options.get("count", 10 if digits else 100)
+    images, labels = draw_random(generator, count, digits, settings.seed)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".png":
+            save_grid(output, images, len(digits or "0123456789"))
+        elif output.suffix == ".gif":
+            walk = latent_walk(generator, digits and list(map(int, digits)), settings.seed)
+            save_animation(output, walk, frames_per_second=20)
+        elif output.suffix == ".npz":
+            arrays = (
+                {"images": images, "labels": labels}
+                if classes_of(generator)
+                else {"images": images}
+            )
+            with replacing(output) as temporary:
+                np.savez_compressed(temporary, **arrays)
+        else:
+            output.mkdir(exist_ok=True)
+            for number, image in enumerate(images):
+                with replacing(output / f"{number:06d}_class_{labels[number]}.png") as temporary:
+                    matplotlib_image.imsave(
+                        temporary, image.squeeze(), cmap="gray", vmin=0, vmax=255
+                    )
+    except OSError as error:
+        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+    print(f"Drawn by {path}: {output}")
+
+
+def _evaluate_command(settings, options):
+    if "images" in options and "checkpoint" in options:
+        raise UsageError("--images and --checkpoint exclude each other")
+    if "images" in options:
+        path = options["images"]
+        images = _load_npz_dataset("images", path).images[: options.get("count")]
+    else:
+        path = options.get("checkpoint", default_generator(settings))
+        count = options.get("count", settings.evaluation_images)
+        images = generate(load_generator(path, settings), count, seed=settings.seed)
+    with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else
+        metrics = {"measured": str(path), **evaluate_images(images, settings)}
+    if "json" in options:
+        print(json.dumps(metrics))
+        return
+    metrics["class_shares"] = " ".join(f"{100 * x:.1f}%" for x in metrics["class_shares"])
+    for name, value in metrics.items():
+        print(f"{name:20}", f"{value:.4f}" if isinstance(value, float) else value)
+
+
+def _inception_command(settings, options):
+    arrays = load_mnist()
+    if arrays is None:
+        raise RunError("the Inception model needs MNIST, and there is none to be had")
+    network, accuracy = train_inception(arrays)
+    print(f"{network.count_params():,} parameters, {accuracy:.2%} of the test images read right")
+    path = HERE / "weights" / f"{INCEPTION_NAME}.h5"
+    save_keras(network, path)
+    ruler = load_ruler(settings, as_dataset(arrays["x_train"]))
+    with replacing(path.with_suffix(".npz")) as temporary:
+        np.savez(temporary, mean=ruler.mean, covariance=ruler.covariance)
+    print(f"Written: {path} and {path.with_suffix('.npz').name}")
+
+
+COMMANDS = {
+    "train": _train_command,
+    "generate": _generate_command,
+    "evaluate": _evaluate_command,
+    "inception": _inception_command,
+}
 OPTIONS = {  # beside the settings: the commands that take it, and what argparse needs to know
-    "resume": ({"train"}, {"action": "store_true", "help": "go on from the newest good state"}),
-    "checkpoint": ({"generate", "evaluate"}, {"help": "the generator's .h5 (default: the best)"}),
-    "count": ({"generate", "evaluate"}, {"type": int, "help": "images, or rows of --digits"}),
-    "digits": ({"generate"}, {"help": "which ones, like 2026 (default: each class in turn)"}),
-    "output": ({"generate"}, {"help": ".png grid, .npz, .gif walk, or a folder of PNGs"}),
-    "images": ({"evaluate"}, {"help": "an .npz of images to measure instead of a generator"}),
-    "json": ({"evaluate"}, {"action": "store_true", "help": "print JSON"}),
+    "resume": ("train", {"action": "store_true", "help": "go on from the newest good state"}),
+    "checkpoint": ("generate evaluate", {"help": "a generator's .h5 [the last run's best]"}),
+    "count": ("generate evaluate", {"type": int, "help": "images, or rows of --digits"}),
+    "digits": ("generate", {"help": "classes to draw, like 2026 [each in turn]"}),
+    "output": ("generate", {"help": ".png grid, .npz, .gif walk or a folder for PNGs"}),
+    "images": ("evaluate", {"help": "an .npz of images to measure instead"}),
+    "json": ("evaluate", {"action": "store_true", "help": "print JSON"}),
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UsageError(f"{message} (--help lists what there is)")
+        raise UsageError(f"{message} (--help lists everything)")
 
 
 def parse_command_line(arguments):
-    """Return (command, Settings, options by name). Raises UsageError."""
+    """Return the command, Settings and options by name. Raises UsageError."""
     parser = _Parser(
         prog="gan_mnist.py",
         description=__doc__,
@@ -1550,54 +1469,28 @@ def parse_command_line(arguments):
         allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", default="train", choices=sorted(COMMANDS))
-    options = parser.add_argument_group("options of the commands")
+    group = parser.add_argument_group("options of some commands")
     for name, (commands, details) in OPTIONS.items():
-        details = {**details, "help": f"{'/'.join(sorted(commands))}: {details['help']}"}
-        options.add_argument(f"--{name}", **details)
-    settings = parser.add_argument_group("settings")
-    for name, words in HELP.items():
-        default = _as_typed(globals()[name])
-        settings.add_argument(
-            f"--{name.lower().replace('_', '-')}",
-            metavar="VALUE",
-            help=f"{words} [{default}]".replace("%", "%%"),
-        )
+        group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
+    group = parser.add_argument_group("settings")
+    for name, (default, words, allowed) in SETTINGS.items():
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        words = " ".join(filter(None, [words, allowed, f"[{default}]"])).replace("%", "%%")
+        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=words)
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
     options = {name: given.pop(name) for name in OPTIONS if name in given}
     for name in options:
         if command not in OPTIONS[name][0]:
-            raise UsageError(f"--{name} goes with {' and '.join(sorted(OPTIONS[name][0]))}")
+            raise UsageError(f"--{name} goes with {OPTIONS[name][0].replace(' ', ' and ')}")
     if not 1 <= options.get("count", 1) <= 1_000_000:
-        raise UsageError(f"--count is {options['count']}, but must be from 1 to 1,000,000")
-    values = {name: parse_setting(name, text) for name, text in given.items()}
-    return command, Settings(**values), options
-
-
-def _as_typed(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _start_tensorflow():
-    """Import TensorFlow in silence and set it up for many small steps."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    with _silent_stderr():
-        gpus = tf.config.list_physical_devices("GPU")
-        tf.config.experimental.enable_op_determinism()
-        # The step's products are small: two of them at once on a core each take two thirds of
-        # the time of one after the other on two cores (6.5 ms a step against 9.3 ms).
-        tf.config.threading.set_inter_op_parallelism_threads(2)
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, (os.cpu_count() or 2) // 2))
-        for gpu in gpus:
-            tf.config.experimental.set_memory_growth(gpu, True)
-        tf.zeros(1)
+        raise UsageError(f"--count is {options['count']}, but must be a whole number 1..1000000")
+    return command, Settings(**{name: parse_setting(name, given[name]) for name in given}), options
 
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Hold back what C++ prints to stderr, which no log level silences; show it on an error."""
-    sys.stderr.flush()
+    """Hold back what C++ writes to stderr before any log level counts; show it after an error."""
     before = os.dup(2)
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
@@ -1612,95 +1505,19 @@ def _silent_stderr():
             os.close(before)
 
 
-def _train_command(settings, options):
-    train(settings=settings, resume="resume" in options)
-
-
-def _generate_command(settings, options):
-    output = Path(options.get("output", Path(settings.samples_dir, "generated.png")))
-    if output.suffix and output.suffix not in (".png", ".npz", ".gif"):
-        raise UsageError(f"--output is {str(output)!r}, but must end in .png, .npz, .gif or /")
-    digits = options.get("digits")
-    if digits is not None and not re.fullmatch(r"[0-9]+", digits):
-        raise UsageError(f"--digits is {digits!r}, but must be digits like 2026")
-    path = Path(options.get("checkpoint", _default_generator(settings)))
-    generator = load_generator(path, settings)
-    if output.suffix == ".gif":
-        pictures = latent_walk(generator, digits and [int(d) for d in digits], settings.seed)
-        _write_output(output, lambda: save_animation(output, pictures, frames_per_second=20))
-    else:
-        count = options.get("count", 10 if digits else 100)
-        images, labels = _generate_labelled(generator, count, digits, settings.seed)
-        _write_output(output, lambda: _save_images(output, images, labels, len(digits or "x" * 10)))
-    print(f"Drawn by {path}: {output}")
-
-
-def _write_output(output, write):
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from None
-
-
-def _save_images(output, images, labels, columns):
-    if output.suffix == ".png":
-        save_grid(output, images, columns)
-    elif output.suffix == ".npz":
-        arrays = {"images": images} | ({} if labels is None else {"labels": labels})
-        with replacing(output) as temporary:
-            np.savez_compressed(temporary, **arrays)
-    else:
-        output.mkdir(exist_ok=True)
-        for number, image in enumerate(images):
-            label = "" if labels is None else f"_class_{labels[number]}"
-            with replacing(output / f"{number:06d}{label}.png") as temporary:
-                matplotlib_image.imsave(temporary, image.squeeze(), cmap="gray", vmin=0, vmax=255)
-
-
-def _evaluate_command(settings, options):
-    if "images" in options and "checkpoint" in options:
-        raise UsageError("--images and --checkpoint exclude each other")
-    count = options.get("count")
-    if "images" in options:
-        path = Path(options["images"])
-        images = _load_npz_dataset(path).images[:count]
-    else:
-        path = Path(options.get("checkpoint", _default_generator(settings)))
-        generator = load_generator(path, settings)
-        images = generate(generator, count or settings.evaluation_images, seed=settings.seed)
-    metrics = {"measured": str(path), **evaluate_images(images, settings)}
-    if "json" in options:
-        print(json.dumps(metrics))
-        return
-    for name, value in metrics.items():
-        if name == "class_histogram":
-            value = "  ".join(f"{100 * share:.1f}" for share in value) + "  %"
-        print(f"{name:20}  {value:.4f}" if isinstance(value, float) else f"{name:20}  {value}")
-
-
-def _inception_command(settings, options):
-    arrays = load_mnist()
-    if arrays is None:
-        raise RunError("the Inception model needs MNIST, and there is none")
-    network, accuracy = train_inception(arrays)
-    print(f"{network.count_params():,} parameters, {accuracy:.2%} of the test images read right")
-    path = HERE / "weights" / f"{INCEPTION_NAME}.h5"
-    path.parent.mkdir(exist_ok=True)
-    save_keras(network, path)
-    dataset = Dataset(arrays["x_train"][..., np.newaxis], None, "images to take statistics of")
-    ruler = load_ruler(settings, dataset)
-    with replacing(path.with_suffix(".npz")) as temporary:
-        np.savez(temporary, mean=ruler.mean, covariance=ruler.covariance)
-    print(f"Written: {path} and {path.with_suffix('.npz').name}")
-
-
-COMMANDS = {
-    "train": _train_command,
-    "generate": _generate_command,
-    "evaluate": _evaluate_command,
-    "inception": _inception_command,
-}
+def _start_tensorflow():
+    """Import TensorFlow in silence and set it up for many small deterministic steps."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    with _silent_stderr():
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+        tf.config.experimental.enable_op_determinism()
+        # The step's products are small: two side by side on half the cores each take 6.5 ms a
+        # step where one after the other on all of two cores takes 9.3.
+        tf.config.threading.set_inter_op_parallelism_threads(2)
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, os.cpu_count() // 2))
+        tf.zeros(1)
 
 
 def main(arguments=None):
@@ -1716,17 +1533,14 @@ def main(arguments=None):
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 1
     except Interrupted:
-        print("\nStopped, all is saved. Go on with:\n  " + _resume_command(arguments))
+        flags = sys.argv[1:] if arguments is None else arguments
+        flags = [flag for flag in flags if flag not in ("train", "--resume")]
+        print("\nStopped; all is saved. To go on:")
+        print("  " + shlex.join(["python", "gan_mnist.py", "train", "--resume", *flags]))
         return 130
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _resume_command(arguments):
-    rest = sys.argv[1:] if arguments is None else list(arguments)
-    flags = [flag for flag in rest if flag not in ("train", "--resume")]
-    return shlex.join(["python", "gan_mnist.py", "train", "--resume", *flags])
 
 
 if __name__ == "__main__":
