@@ -101,52 +101,43 @@ class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1."""
 
 
-class _Setting(NamedTuple):
-    default: object
-    help: str
-    allowed: str  # "low..high" of numbers, "one|other" of words, or empty
-
-
 HERE = Path(__file__).resolve().parent
-_SETTING = re.compile(r"^([A-Z][A-Z0-9_]*) = .+?  # (.*?) ?(?:\[(.+)\])?$", re.MULTILINE)
-SETTINGS = {
-    name.lower(): _Setting(globals()[name], words, allowed)
-    for name, words, allowed in _SETTING.findall(
-        Path(__file__).read_text("utf-8").split("\nimport ")[0]
-    )
+_LINE = re.compile(r"^([A-Z][A-Z0-9_]*) = .+?  # (.*?) ?(?:\[(.+)\])?$", re.MULTILINE)
+_BLOCK = Path(__file__).read_text("utf-8").split("\nimport ")[0]
+SETTINGS = {  # name: default, what it does, what is allowed ("low..high", "one|other" or "")
+    name.lower(): (globals()[name], words, allowed)
+    for name, words, allowed in _LINE.findall(_BLOCK)
 }
 
 
-def _is_allowed(value, setting):
-    kind = type(setting.default)
-    if kind is tuple:
-        each = _Setting(1, "", setting.allowed)
-        return type(value) is tuple and value != () and all(_is_allowed(v, each) for v in value)
-    if type(value) is not kind and not (kind is float and type(value) is int):
+def _is_allowed(value, default, allowed):
+    if type(default) is tuple:
+        return type(value) is tuple and value and all(_is_allowed(v, 1, allowed) for v in value)
+    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
         return False
-    if ".." in setting.allowed:
-        low, high = map(float, setting.allowed.split(".."))
+    if ".." in allowed:
+        low, high = map(float, allowed.split(".."))
         return low <= value <= high
-    return not setting.allowed or value in setting.allowed.split("|")
+    return not allowed or value in allowed.split("|")
 
 
 def _refusal(name, value):
-    setting = SETTINGS[name]
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
-    kind = kind.get(type(setting.default), "whole numbers like 128,256,512, each")
+    default, _, allowed = SETTINGS[name]
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
+    kind = kinds.get(type(default), "whole numbers like 128,256,512, each")
     flag = "--" + name.replace("_", "-")
-    return UsageError(f"{flag} is {value!r}, but must be {kind} {setting.allowed}".rstrip())
+    return UsageError(f"{flag} is {value!r}, but must be {kind} {allowed}".rstrip())
 
 
 def _check_settings(settings):
-    for name, setting in SETTINGS.items():
-        if not _is_allowed(getattr(settings, name), setting):
+    for name, (default, _, allowed) in SETTINGS.items():
+        if not _is_allowed(getattr(settings, name), default, allowed):
             raise _refusal(name, getattr(settings, name))
 
 
 Settings = dataclasses.make_dataclass(
     "Settings",
-    [(name, type(setting.default), setting.default) for name, setting in SETTINGS.items()],
+    [(name, type(default), default) for name, (default, *_) in SETTINGS.items()],
     frozen=True,
     namespace={"__post_init__": _check_settings},
 )
@@ -155,7 +146,7 @@ Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageEr
 
 def parse_setting(name, text):
     """Return the value that `text` means for the setting `name`. Raises UsageError."""
-    kind = type(SETTINGS[name].default)
+    kind = type(SETTINGS[name][0])
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -394,16 +385,14 @@ def choose_precision(settings):
     "auto" is bfloat16 only where the hardware multiplies it natively: processors with AMX, GPUs
     of compute capability 8 or more. Elsewhere it is emulated, and slower than float32.
     """
-    precision = settings.precision
-    if precision == "auto":
-        gpus, cpu = tf.config.list_physical_devices("GPU"), Path("/proc/cpuinfo")
-        if gpus:
-            details = tf.config.experimental.get_device_details(gpus[0])
-            native = details.get("compute_capability", (0, 0)) >= (8, 0)
-        else:
-            native = cpu.exists() and "amx_bf16" in cpu.read_text()
-        precision = "bfloat16" if native else "float32"
-    return {"bfloat16": "mixed_bfloat16", "float32": "float32"}[precision]
+    gpus, cpu = tf.config.list_physical_devices("GPU"), Path("/proc/cpuinfo")
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        native = details.get("compute_capability", (0, 0)) >= (8, 0)
+    else:
+        native = cpu.exists() and "amx_bf16" in cpu.read_text()
+    fits = settings.precision == "bfloat16" or (settings.precision == "auto" and native)
+    return "mixed_bfloat16" if fits else "float32"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -411,48 +400,22 @@ def choose_precision(settings):
 # ---------------------------------------------------------------------------------------------
 
 
-class Loss(NamedTuple):
-    """Both players' losses per image, from logits (N, 1) of real and of generated images."""
-
-    discriminator: callable
-    generator: callable
-
-
 def _softplus(logits):
     return tf.nn.softplus(logits)
 
 
+# Both players' losses per image, discriminator's first, from logits (N, 1) of reals and of fakes.
 LOSSES = {
-    # Goodfellow et al., arXiv 1406.2661: the generator climbs log D(G(z)) ...
-    "non_saturating": Loss(
-        lambda real, fake: _softplus(-real) + _softplus(fake),
-        lambda real, fake: _softplus(-fake),
-    ),
-    # ... or, as its minimax game has it, descends log(1 - D(G(z))).
-    "minimax": Loss(
-        lambda real, fake: _softplus(-real) + _softplus(fake),
-        lambda real, fake: -_softplus(fake),
-    ),
-    # Mao et al., arXiv 1611.04076.
-    "least_squares": Loss(
-        lambda real, fake: (real - 1) ** 2 + fake**2,
-        lambda real, fake: (fake - 1) ** 2,
-    ),
-    # Lim and Ye, arXiv 1705.02894.
-    "hinge": Loss(
-        lambda real, fake: tf.nn.relu(1 - real) + tf.nn.relu(1 + fake),
-        lambda real, fake: -fake,
-    ),
-    # Arjovsky et al., arXiv 1701.07875; R1 and R2 keep the critic smooth.
-    "wasserstein": Loss(
-        lambda real, fake: fake - real,
-        lambda real, fake: -fake,
-    ),
-    # Jolicoeur-Martineau, arXiv 1807.00734; with R1 and R2 it converges: arXiv 2501.05441.
-    "relativistic": Loss(
-        lambda real, fake: _softplus(fake - real),
-        lambda real, fake: _softplus(real - fake),
-    ),
+    # arXiv 1406.2661: the generator climbs log D(G(z)) or, in the game's own form, descends
+    # log(1 - D(G(z))).
+    "non_saturating": (lambda r, f: _softplus(-r) + _softplus(f), lambda r, f: _softplus(-f)),
+    "minimax": (lambda r, f: _softplus(-r) + _softplus(f), lambda r, f: -_softplus(f)),
+    # arXiv 1611.04076, 1705.02894 and 1701.07875 (R1 and R2 keep the critic smooth).
+    "least_squares": (lambda r, f: (r - 1) ** 2 + f**2, lambda r, f: (f - 1) ** 2),
+    "hinge": (lambda r, f: tf.nn.relu(1 - r) + tf.nn.relu(1 + f), lambda r, f: -f),
+    "wasserstein": (lambda r, f: f - r, lambda r, f: -f),
+    # arXiv 1807.00734: each real against a fake; with R1 and R2 it converges (2501.05441).
+    "relativistic": (lambda r, f: _softplus(f - r), lambda r, f: _softplus(r - f)),
 }
 
 
@@ -465,7 +428,7 @@ def new_state(settings, dataset):
     """Return a tf.train.Checkpoint of all that training changes and --resume restores."""
     keras.utils.set_random_seed(settings.seed)
     dtype, shape = choose_precision(settings), dataset.images.shape[1:]
-    classes = class_count(settings, dataset)
+    classes = int(dataset.labels.max()) + 1 if settings.conditional else 0
     state = tf.train.Checkpoint(
         generator=build_generator(settings, shape, classes, dtype),
         discriminator=build_discriminator(settings, shape, classes, dtype),
@@ -488,11 +451,6 @@ def _adam(settings):
     return keras.optimizers.Adam(0.0, beta_1=settings.beta_1, beta_2=settings.beta_2)
 
 
-def class_count(settings, dataset):
-    """Return how many classes the networks are told of, at least 1."""
-    return int(dataset.labels.max()) + 1 if settings.conditional else 1
-
-
 def compile_training(state, dataset, settings):
     """Return train(order, first, last, pace), which takes the steps first to last of an epoch.
 
@@ -502,6 +460,7 @@ def compile_training(state, dataset, settings):
     images = tf.constant(dataset.images)  # all of them on the device, a byte a pixel
     labels = tf.constant(dataset.labels, tf.int32) if settings.conditional else None
 
+    @tf.autograph.experimental.do_not_convert
     def step(batch):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         batch = tf.reshape(batch, (strategy.num_replicas_in_sync, -1))[replica]
@@ -530,7 +489,8 @@ def train_step(state, settings, real, condition):
     also the generator's gradient up to a factor an image (arXiv 2103.00430), so the generator
     costs no backward pass through the discriminator.
     """
-    generator, discriminator, loss = state.generator, state.discriminator, LOSSES[settings.loss]
+    generator, discriminator = state.generator, state.discriminator
+    loss_of_discriminator, loss_of_generator = LOSSES[settings.loss]
     latent = state.random.normal((len(real), settings.latent_dim))
     with tf.GradientTape() as generator_tape:
         fake = generator([latent, *condition], training=True)
@@ -540,13 +500,13 @@ def train_step(state, settings, real, condition):
         real_logits, real_slope = logits_and_slope(discriminator, real, condition)
         unlinked = tf.stop_gradient(fake)
         fake_logits, fake_slope = logits_and_slope(discriminator, unlinked, condition)
-        discriminator_loss = tf.reduce_mean(loss.discriminator(real_logits, fake_logits))
+        discriminator_loss = tf.reduce_mean(loss_of_discriminator(real_logits, fake_logits))
         penalised = discriminator_loss
         penalised += gradient_penalty(settings.r1, real_slope)
         penalised += gradient_penalty(settings.r2, fake_slope)
     with tf.GradientTape() as logit_tape:
         logit_tape.watch(fake_logits)
-        generator_loss = tf.reduce_mean(loss.generator(real_logits, fake_logits))
+        generator_loss = tf.reduce_mean(loss_of_generator(real_logits, fake_logits))
     factor = logit_tape.gradient(generator_loss, fake_logits)[..., tf.newaxis, tf.newaxis]
     variables = discriminator.trainable_variables
     gradients = discriminator_tape.gradient(penalised, variables)
@@ -916,14 +876,25 @@ def save_grid(path, images, columns, title=""):
         figure.savefig(temporary)
 
 
+def save_pictures(folder, images, labels):
+    """Write one PNG for each of the images (N, H, W, C), its number and class in its name."""
+    folder.mkdir(exist_ok=True)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        with replacing(folder / f"{number:06d}_class_{label}.png") as temporary:
+            grey = image.squeeze().repeat(3).reshape(*image.shape[:2], 3)
+            matplotlib_image.imsave(temporary, grey)
+
+
 def save_animation(path, pictures, frames_per_second):
     """Write a GIF of equally large pictures (H, W, C)."""
     from matplotlib.animation import PillowWriter
 
-    figure, shown = _figure_of(pictures[0])
+    first, *others = pictures
+    figure, shown = _figure_of(first)
     writer = PillowWriter(fps=frames_per_second)
     with replacing(path) as temporary, writer.saving(figure, temporary, dpi=100):
-        for picture in pictures:
+        writer.grab_frame()
+        for picture in others:
             shown.set_data(picture.squeeze())
             writer.grab_frame()
 
@@ -932,30 +903,24 @@ def save_metrics_plot(path, history, title):
     """Write metrics.png: losses, Inception score, FID and class shares against epochs."""
     from matplotlib.figure import Figure
 
+    measured = [row for row in history if row["fid"] is not None]
+    panels = [
+        ("Losses, mean over the epoch", history, ["discriminator_loss", "generator_loss"]),
+        ("Inception score: higher is better", measured, ["inception_score"]),
+        ("Fréchet Inception distance: lower is better", measured, ["fid"]),
+        ("Share of each class in the samples", measured, ["class_shares"]),
+    ]
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     figure.suptitle(title)
-    losses, score, distance, shares = figure.subplots(2, 2).ravel()
-    measured = [row for row in history if row["fid"] is not None]
-
-    def plot(axes, rows, name, **style):
-        epochs, values = [row["epoch"] for row in rows], [row[name] for row in rows]
-        return axes.plot(epochs, values, marker="." if len(rows) < 30 else "", **style)
-
-    plot(losses, history, "discriminator_loss", label="discriminator")
-    plot(losses, history, "generator_loss", label="generator")
-    losses.set(title="Losses", ylabel="mean over the epoch")
-    losses.legend()
-    plot(score, measured, "inception_score")
-    score.set(title="Inception score: higher is better", ylabel="IS")
-    plot(distance, measured, "fid")
-    distance.set(title="Fréchet Inception distance: lower is better", yscale="log", ylabel="FID")
-    for digit, line in enumerate(plot(shares, measured, "class_shares")):
-        line.set_label(digit)
-    shares.set(title="Share of each class in the samples", ylim=(0, None))
-    shares.legend(ncols=5, fontsize="small")
-    for axes in (losses, score, distance, shares):
-        axes.set_xlabel("epoch")
+    for axes, (heading, rows, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        epochs = [row["epoch"] for row in rows]
+        for name in names:
+            values = np.array([row[name] for row in rows])
+            labels = range(10) if name == "class_shares" else name.replace("_", " ")
+            axes.plot(epochs, values, marker="." if len(rows) < 30 else "", label=labels)
+        axes.set(title=heading, xlabel="epoch", yscale="log" if names == ["fid"] else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(ncols=5 if names == ["class_shares"] else 1, fontsize="small")
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary)
@@ -967,7 +932,7 @@ def latent_walk(generator, digits, seed, frames=120, stops=6):
     One column for each of the digits (default: all classes, or ten walks without classes), each
     along great circles between `stops` points (spherical interpolation, arXiv 1609.04468).
     """
-    labels = np.array(digits or range(classes_of(generator) or 10))
+    labels = np.array([int(digit) for digit in digits or range(classes_of(generator) or 10)])
     points = latent_points(generator, stops * len(labels), seed).reshape(stops, len(labels), -1)
     pictures = []
     for position in np.arange(frames) * stops / frames:
@@ -985,14 +950,13 @@ def latent_walk(generator, digits, seed, frames=120, stops=6):
 # ---------------------------------------------------------------------------------------------
 
 SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
-HARMLESS_LAYERS = set(  # what a file may be made of: none of these runs code from the file
-    "InputLayer Dense BatchNormalization ReLU LeakyReLU Activation Reshape Flatten Concatenate "
-    "CategoryEncoding Embedding Dropout Conv2D Conv2DTranspose UpSampling2D MaxPooling2D "
-    "AveragePooling2D GlobalAveragePooling2D".split()
+HARMLESS_LAYERS = re.compile(  # what a file may be made of: none of these runs code from the file
+    "InputLayer|Dense|BatchNormalization|ReLU|LeakyReLU|Activation|Reshape|Flatten|Concatenate|"
+    "CategoryEncoding|Embedding|Dropout|Conv2D|Conv2DTranspose|UpSampling2D|MaxPooling2D|"
+    "AveragePooling2D|GlobalAveragePooling2D"
 )
-MAY_CHANGE = set(  # from one session of a run to the next
-    "epochs max_minutes samples_dir checkpoints_dir evaluation_images evaluate_every "
-    "sample_every checkpoint_every".split()
+MAY_CHANGE = re.compile(  # from one session of a run to the next
+    "epochs|max_minutes|samples_dir|checkpoints_dir|evaluation_images|.*_every"
 )
 
 
@@ -1013,13 +977,14 @@ def load_keras(path):
     try:
         with h5py.File(path) as file:
             layers = json.loads(file.attrs["model_config"])["config"]["layers"]
-            refused = {layer["class_name"] for layer in layers} - HARMLESS_LAYERS
+            kinds = {layer["class_name"] for layer in layers}
+            refused = [kind for kind in sorted(kinds) if not HARMLESS_LAYERS.fullmatch(kind)]
         if not refused:
             return keras.models.load_model(path, compile=False, safe_mode=True)
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} is not a Keras model that can be read: {reason}") from None
-    raise UsageError(f"{path} holds layers that are not let in: {', '.join(sorted(refused))}")
+    raise UsageError(f"{path} holds layers that are not let in: {', '.join(refused)}")
 
 
 def load_generator(path=None, settings=Settings()):
@@ -1041,18 +1006,23 @@ def default_generator(settings):
     return best if best.exists() else SHIPPED_GENERATOR
 
 
-def start_state_folder(folder, settings):
-    """Make room for a fresh run's state; the files of an earlier run move to previous/."""
-    if folder.exists():
-        previous = folder.parent / "previous"
+def start_afresh(settings):
+    """Make room for a new run: what an earlier one left moves to checkpoints/previous/."""
+    checkpoints, samples = Path(settings.checkpoints_dir), Path(settings.samples_dir)
+    old = [*checkpoints.glob("state"), *checkpoints.glob("generator_*.h5")]
+    for pattern in ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard"):
+        old += samples.glob(pattern)
+    if old:
+        previous = checkpoints / "previous"
         shutil.rmtree(previous, ignore_errors=True)
         previous.mkdir()
-        for old in [folder, *folder.parent.glob("generator_*.h5")]:
-            old.rename(previous / old.name)
-        print(f"The earlier run's checkpoints are in {previous} now; to go on with that run:")
-        print(f"  python gan_mnist.py train --resume --checkpoints-dir {previous}\n")
-    folder.mkdir(parents=True)
-    with replacing(folder / "settings.json") as temporary:
+        for path in old:
+            shutil.move(path, previous / path.name)
+        print(f"The earlier run's files are in {previous} now; to go on with it:")
+        print("  python gan_mnist.py train --resume", end=" ")
+        print(f"--checkpoints-dir {previous} --samples-dir {previous}\n")
+    (checkpoints / "state").mkdir()
+    with replacing(checkpoints / "state" / "settings.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=1), "utf-8")
 
 
@@ -1063,10 +1033,13 @@ def restore_state(manager, state, settings):
         raise UsageError(f"there is nothing to resume in {folder}")
     before = json.loads((folder / "settings.json").read_text("utf-8"))
     now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != before.get(name)]
+    changed = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if value != before.get(name) and not MAY_CHANGE.fullmatch(name)
+    ]
     if changed:
-        details = [f"{name} was {before.get(name)}, is {now[name]}" for name in changed]
-        raise UsageError("these settings cannot change on --resume: " + "; ".join(details))
+        raise UsageError("these settings cannot change on --resume: " + "; ".join(changed))
     state.restore(manager.latest_checkpoint).assert_consumed()
 
 
@@ -1075,11 +1048,11 @@ def restore_state(manager, state, settings):
 # ---------------------------------------------------------------------------------------------
 
 STEPS_PER_CALL = 26  # in one compiled call; between calls come the progress bar and Ctrl-C
+MEASURED = ("inception_score", "inception_score_std", "fid", "classes_covered")
 COLUMNS = (
-    "epoch step seconds images_per_second discriminator_loss generator_loss "
-    "inception_score inception_score_std fid classes_covered dataset inception".split()
+    *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
+    *(*MEASURED, "dataset", "inception"),
 )
-MEASURED = COLUMNS[6:10]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -1091,17 +1064,15 @@ class Run(NamedTuple):
 
     settings: Settings
     dataset: Dataset
+    ruler: Ruler
     state: "tf.train.Checkpoint"
     manager: "tf.train.CheckpointManager"
     train_steps: callable
-    ruler: Ruler
     history: list  # a dict an epoch
     summary: "tf.summary.SummaryWriter"
     stop: threading.Event  # set by Ctrl-C
     started: float  # monotonic seconds, as if the run had never paused
     steps_per_epoch: int
-    samples: Path
-    checkpoints: Path
 
     def progress(self):
         """Return the share of the run that is done, 0 to 1: of its epochs or of its minutes."""
@@ -1111,9 +1082,9 @@ class Run(NamedTuple):
             share = max(share, minutes / self.settings.max_minutes)
         return min(1.0, share)
 
-    def is_over(self):
-        """Return whether its time is up or someone pressed Ctrl-C."""
-        return self.stop.is_set() or self.progress() == 1
+    def samples(self, count):
+        """Return images (count, H, W, C), their classes in turn, from the same points always."""
+        return draw_random(self.state.average, count, seed=self.settings.seed)[0]
 
 
 def train(dataset=None, epochs=None, settings=Settings(), resume=False):
@@ -1125,7 +1096,8 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     """
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
-    _refuse_unwritable_folders(settings)
+    for folder in (settings.samples_dir, settings.checkpoints_dir):
+        _refuse_unwritable(folder)
     if dataset is None:
         dataset = load_dataset(settings)
     elif not isinstance(dataset, Dataset):
@@ -1138,7 +1110,7 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
         settings = dataclasses.replace(settings, conditional=False)
     with _stopping_on_signals() as stop:
         run = _prepare(settings, dataset, resume, stop)
-        while not run.is_over():
+        while run.progress() < 1 and not stop.is_set():
             _train_epoch(run)
             if not stop.is_set():
                 _finish_epoch(run)
@@ -1146,14 +1118,13 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     return run.state.average
 
 
-def _refuse_unwritable_folders(settings):
-    for folder in (settings.samples_dir, settings.checkpoints_dir):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UsageError(f"cannot write into {folder}: {error.strerror}") from None
+def _refuse_unwritable(folder):
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write into {folder}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
@@ -1178,28 +1149,27 @@ def _stopping_on_signals():
 def _prepare(settings, dataset, resume, stop):
     with tf.distribute.get_strategy().scope():
         state = new_state(settings, dataset)
-    samples, checkpoints = Path(settings.samples_dir), Path(settings.checkpoints_dir)
-    manager = tf.train.CheckpointManager(state, str(checkpoints / "state"), max_to_keep=3)
+    folder = Path(settings.checkpoints_dir, "state")
+    manager = tf.train.CheckpointManager(state, str(folder), max_to_keep=3)
     if resume:
         restore_state(manager, state, settings)
     else:
-        start_state_folder(checkpoints / "state", settings)
-    ruler = load_ruler(settings, dataset)
+        start_afresh(settings)
     history = json.loads(state.history.numpy())
-    with replacing(samples / "metrics.csv") as path, open(path, "w", newline="") as file:
+    metrics = Path(settings.samples_dir, "metrics.csv")
+    with replacing(metrics) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(history)
     _print_banner(settings, dataset, state)
     return Run(
-        *(settings, dataset, state, manager, compile_training(state, dataset, settings), ruler),
+        *(settings, dataset, load_ruler(settings, dataset), state, manager),
+        train_steps=compile_training(state, dataset, settings),
         history=history,
-        summary=tf.summary.create_file_writer(str(samples / "tensorboard")),
+        summary=tf.summary.create_file_writer(str(Path(settings.samples_dir, "tensorboard"))),
         stop=stop,
         started=time.monotonic() - float(state.seconds[1]),
         steps_per_epoch=len(dataset.images) // settings.batch_size,
-        samples=samples,
-        checkpoints=checkpoints,
     )
 
 
@@ -1225,7 +1195,7 @@ def _train_epoch(run):
     columns = ["images/s", "D loss", "G loss"]
     verbose = sys.stdout.isatty()
     bar = keras.utils.Progbar(run.steps_per_epoch, 12, verbose, stateful_metrics=columns)
-    while first < run.steps_per_epoch and not run.is_over():
+    while first < run.steps_per_epoch and run.progress() < 1 and not run.stop.is_set():
         last = min(first + STEPS_PER_CALL, run.steps_per_epoch)
         pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
         start = time.monotonic()
@@ -1241,19 +1211,24 @@ def _train_epoch(run):
 def _finish_epoch(run):
     """Measure, report, picture and save the epoch that was just trained."""
     settings, average = run.settings, run.state.average
-    row, is_last = _training_row(run), run.is_over()
-    epoch = row["epoch"]
+    row, is_last = _training_row(run), run.progress() == 1
+    epoch, checkpoints = row["epoch"], Path(settings.checkpoints_dir)
     if epoch % settings.evaluate_every == 0 or is_last:
-        row |= quick_metrics(run.ruler, _samples(run, settings.evaluation_images))
+        row |= quick_metrics(run.ruler, run.samples(settings.evaluation_images))
     run.history[:] = [old for old in run.history if old["epoch"] < epoch] + [row]
     _report(run, row)
     if epoch % settings.sample_every == 0 or is_last:
-        _save_epoch_grid(run, row)
-    save_keras(average, run.checkpoints / "generator_latest.h5")
+        order = slice(None)
+        if settings.conditional:  # a row a class
+            order = np.argsort(np.arange(100) % classes_of(average), kind="stable")
+        save_grid(_grid_path(run, row), run.samples(100)[order], 10, _title(run, row))
+        png = _grid_path(run, row).read_bytes()
+        _write_summary(run, epoch, "samples", "images", ["560", "596", png])
+    save_keras(average, checkpoints / "generator_latest.h5")
     if row is _best(run.history):
-        save_keras(average, run.checkpoints / "generator_best.h5")
+        save_keras(average, checkpoints / "generator_best.h5")
     if epoch % settings.checkpoint_every == 0:
-        save_keras(average, run.checkpoints / f"generator_model_epoch_{epoch:03d}.h5")
+        save_keras(average, checkpoints / f"generator_model_epoch_{epoch:03d}.h5")
     run.state.losses.assign([0.0, 0.0])
     run.state.seconds.assign([0.0, time.monotonic() - run.started])
     _save_state(run)
@@ -1271,17 +1246,9 @@ def _training_row(run):
     if not np.isfinite(losses).all():
         kept = "the last good state and .h5 files are kept"
         raise RunError(f"the losses are not finite after step {step}: lower the rates; {kept}")
-    return {
-        "epoch": epoch + 1,
-        "step": step,
-        "seconds": round(seconds, 3),
-        "images_per_second": round((steps + 1) * run.settings.batch_size / seconds),
-        "discriminator_loss": float(losses[0]),
-        "generator_loss": float(losses[1]),
-        **dict.fromkeys(MEASURED),
-        "dataset": run.dataset.name,
-        "inception": run.ruler.name,
-    }
+    speed = round((steps + 1) * run.settings.batch_size / seconds)
+    values = (epoch + 1, step, round(seconds, 3), speed, *map(float, losses), *[None] * 4)
+    return dict(zip(COLUMNS, (*values, run.dataset.name, run.ruler.name), strict=True))
 
 
 def _best(history):
@@ -1289,16 +1256,8 @@ def _best(history):
     return min(measured, key=lambda row: row["fid"], default=None)
 
 
-def _samples(run, count):
-    """Return `count` images (N, H, W, C) by the averaged generator, from the same points always."""
-    latent = latent_points(run.state.average, count, run.settings.seed)
-    return draw(
-        run.state.average, latent, np.arange(count) % class_count(run.settings, run.dataset)
-    )
-
-
 def _report(run, row):
-    with open(run.samples / "metrics.csv", "a", newline="") as file:
+    with open(Path(run.settings.samples_dir, "metrics.csv"), "a", newline="") as file:
         csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
     line = "{epoch:5d} {seconds:8.1f} {images_per_second:9,d} "
     line += "{discriminator_loss:8.4f} {generator_loss:8.4f} "
@@ -1318,6 +1277,10 @@ def _write_summary(run, epoch, tag, plugin, value):
     run.summary.flush()
 
 
+def _grid_path(run, row):
+    return Path(run.settings.samples_dir, f"image_at_epoch_{row['epoch']:04d}.png")
+
+
 def _title(run, row):
     title = f"epoch {row['epoch']}"
     if row["fid"] is not None:
@@ -1325,34 +1288,22 @@ def _title(run, row):
     return title if run.dataset.name == "mnist" else f"{title}    {run.dataset.name}, not MNIST"
 
 
-def _grid_path(run, row):
-    return run.samples / f"image_at_epoch_{row['epoch']:04d}.png"
-
-
-def _save_epoch_grid(run, row):
-    """Write 10 x 10 samples, a row a class."""
-    classes, images = class_count(run.settings, run.dataset), _samples(run, 100)
-    order = np.argsort(np.arange(100) % classes, kind="stable")
-    path = _grid_path(run, row)
-    save_grid(path, images[order], 10, _title(run, row))
-    _write_summary(run, row["epoch"], "samples", "images", ["560", "596", path.read_bytes()])
-
-
 def _finish(run):
     """Draw what a whole run leaves and say where it is."""
-    if run.history:
-        title = _title(run, run.history[-1])
-        save_metrics_plot(run.samples / "metrics.png", run.history, title)
-        paths = [_grid_path(run, row) for row in run.history]
-        grids = [matplotlib_image.imread(path) for path in paths if path.exists()]
-        save_animation(run.samples / "training.gif", grids, frames_per_second=6)
+    samples = Path(run.settings.samples_dir)
     if run.stop.is_set():
         _save_state(run)
+    if run.history:
+        save_metrics_plot(samples / "metrics.png", run.history, _title(run, run.history[-1]))
+    grids = [path for row in run.history if (path := _grid_path(run, row)).exists()]
+    if grids:
+        save_animation(samples / "training.gif", map(matplotlib_image.imread, grids), 6)
+    if run.stop.is_set():
         raise Interrupted
     best = _best(run.history)
-    print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, ", end="")
-    print(f"kept in {run.checkpoints / 'generator_best.h5'}")
-    print(f"Look at {run.samples}/: the grids, metrics.png, training.gif")
+    kept = Path(run.settings.checkpoints_dir, "generator_best.h5")
+    print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
+    print(f"Look at {samples}/: the grids, metrics.png, training.gif")
     print("Draw more: python gan_mnist.py generate", flush=True)
 
 
@@ -1381,23 +1332,13 @@ def _generate_command(settings, options):
         if output.suffix == ".png":
             save_grid(output, images, len(digits or "0123456789"))
         elif output.suffix == ".gif":
-            walk = latent_walk(generator, digits and list(map(int, digits)), settings.seed)
-            save_animation(output, walk, frames_per_second=20)
+            save_animation(output, latent_walk(generator, digits, settings.seed), 20)
         elif output.suffix == ".npz":
-            arrays = (
-                {"images": images, "labels": labels}
-                if classes_of(generator)
-                else {"images": images}
-            )
+            arrays = {"images": images} | ({"labels": labels} if classes_of(generator) else {})
             with replacing(output) as temporary:
                 np.savez_compressed(temporary, **arrays)
         else:
-            output.mkdir(exist_ok=True)
-            for number, image in enumerate(images):
-                with replacing(output / f"{number:06d}_class_{labels[number]}.png") as temporary:
-                    matplotlib_image.imsave(
-                        temporary, image.squeeze(), cmap="gray", vmin=0, vmax=255
-                    )
+            save_pictures(output, images, labels)
     except OSError as error:
         raise UsageError(f"cannot write {output}: {error.strerror}") from None
     print(f"Drawn by {path}: {output}")
