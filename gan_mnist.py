@@ -25,7 +25,7 @@ CHECKPOINTS_DIR = "checkpoints"  # where .h5 files and the training state land
 # The networks
 ARCHITECTURE = "dense"  # kind of layers [dense]
 CONDITIONAL = True  # both networks are told the digit's class; false: the plain GAN of 2014
-LATENT_DIM = 64  # numbers that the generator makes an image from [1..65536]
+LATENT_DIM = 64  # numbers that the generator makes an image from [2..65536]
 GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first [1..65536]
 DISCRIMINATOR_WIDTHS = (512, 512, 256)  # units of its hidden layers, image side first [1..65536]
 
@@ -294,7 +294,7 @@ def _load_npz_dataset(flag, path):
     images = arrays.get("images", arrays.get("x_train"))
     if images is None:
         raise UsageError(f"{path} holds no array named images or x_train: {sorted(arrays)}")
-    return as_dataset(images, arrays.get("labels", arrays.get("y_train")), Path(path).stem)
+    return as_dataset(images, arrays.get("labels", arrays.get("y_train")), Path(path).name)
 
 
 def as_dataset(images, labels=None, name="images"):
@@ -491,7 +491,7 @@ def train_step(state, settings, real, condition):
     """
     generator, discriminator = state.generator, state.discriminator
     loss_of_discriminator, loss_of_generator = LOSSES[settings.loss]
-    latent = state.random.normal((len(real), settings.latent_dim))
+    latent = state.random.normal((tf.shape(real)[0], settings.latent_dim))
     with tf.GradientTape() as generator_tape:
         fake = generator([latent, *condition], training=True)
         fake = shift(fake, settings.shift, state.random)
