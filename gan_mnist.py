@@ -1100,7 +1100,7 @@ class Run(NamedTuple):
 
     def progress(self):
         """Return the share of the run that is done, 0 to 1: of its epochs or of its minutes."""
-        share = int(self.state.step) / (self.settings.epochs * self.steps_per_epoch)
+        share = int(self.state.step.numpy()) / (self.settings.epochs * self.steps_per_epoch)
         if self.settings.max_minutes:
             minutes = (time.monotonic() - self.started) / 60
             share = max(share, minutes / self.settings.max_minutes)
@@ -1192,7 +1192,7 @@ def _prepare(settings, dataset, resume, stop):
         history=history,
         summary=tf.summary.create_file_writer(str(Path(settings.samples_dir, "tensorboard"))),
         stop=stop,
-        started=time.monotonic() - float(state.seconds[1]),
+        started=time.monotonic() - state.seconds.numpy()[1],
         steps_per_epoch=len(dataset.images) // settings.batch_size,
     )
 
@@ -1213,7 +1213,7 @@ def _print_banner(settings, dataset, state):
 def _train_epoch(run):
     """Take the epoch's steps that are left, until its end, the run's end or Ctrl-C."""
     settings, state = run.settings, run.state
-    epoch, first = divmod(int(state.step), run.steps_per_epoch)
+    epoch, first = divmod(int(state.step.numpy()), run.steps_per_epoch)
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "D loss", "G loss"]
@@ -1226,7 +1226,7 @@ def _train_epoch(run):
         run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
         losses = state.losses.numpy() / last
         seconds = time.monotonic() - start
-        state.seconds.assign([float(state.seconds[0]) + seconds, time.monotonic() - run.started])
+        state.seconds.assign([state.seconds.numpy()[0] + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
         bar.update(last, list(zip(columns, [speed, *losses], strict=True)), finalize=False)
         first = last
@@ -1260,11 +1260,11 @@ def _finish_epoch(run):
 
 def _save_state(run):
     run.state.history.assign(json.dumps(run.history))
-    run.manager.save(checkpoint_number=run.state.step)
+    run.manager.save(checkpoint_number=int(run.state.step.numpy()))
 
 
 def _training_row(run):
-    step, seconds = int(run.state.step), float(run.state.seconds[0])
+    step, seconds = int(run.state.step.numpy()), float(run.state.seconds.numpy()[0])
     epoch, steps = divmod(step - 1, run.steps_per_epoch)
     losses = run.state.losses.numpy() / (steps + 1)
     if not np.isfinite(losses).all():
