@@ -73,6 +73,7 @@ import threading
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,6 +174,7 @@ CONNECT_SECONDS = 15  # until a mirror answers, all being asked at once
 STALL_SECONDS = 15  # without a byte
 LARGEST_DOWNLOAD = 100 * 2**20  # bytes
 LARGEST_NPZ = 4 * 2**30  # bytes, unpacked
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error)
 
 
 class Dataset(NamedTuple):
@@ -207,7 +209,7 @@ def read_npz(path):
             return {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, zipfile.BadZipFile, EOFError, MemoryError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, EOFError, MemoryError, *BROKEN_ZIP) as error:
         raise UsageError(f"{path} is not a sound .npz: {error}") from None
 
 
@@ -249,7 +251,7 @@ def _mirrors_that_answer(urls):
     try:
         for answer in concurrent.futures.as_completed(asked, CONNECT_SECONDS):
             yield asked[answer], answer
-    except TimeoutError:
+    except concurrent.futures.TimeoutError:
         print(f"No other mirror answered within {CONNECT_SECONDS} s.")
     finally:
         pool.shutdown(wait=False)
