@@ -134,6 +134,8 @@ def _check_settings(settings):
     for name, (default, _, allowed) in SETTINGS.items():
         if not _is_allowed(getattr(settings, name), default, allowed):
             raise _refusal(name, getattr(settings, name))
+    if settings.dataset != "mnist" and not Path(settings.dataset).exists():
+        raise UsageError(f"--dataset is {settings.dataset!r}, but must be mnist or an .npz's path")
 
 
 Settings = dataclasses.make_dataclass(
@@ -231,7 +233,7 @@ def load_mnist():
                 if not is_mnist(arrays):
                     raise UsageError("these bytes are not MNIST")
             return arrays
-        except (OSError, http.client.HTTPException, UsageError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             print(f"{url}: {error}")
     return None
 
@@ -248,13 +250,15 @@ def _mirrors_that_answer(urls):
     """Ask all at once, yield (url, future response) as they answer: a dead host costs no wait."""
     pool = concurrent.futures.ThreadPoolExecutor(len(urls))
     asked = {pool.submit(urllib.request.urlopen, url, timeout=STALL_SECONDS): url for url in urls}
-    try:
-        for answer in concurrent.futures.as_completed(asked, CONNECT_SECONDS):
-            yield asked[answer], answer
-    except concurrent.futures.TimeoutError:
-        print(f"No other mirror answered within {CONNECT_SECONDS} s.")
-    finally:
-        pool.shutdown(wait=False)
+    pool.shutdown(wait=False)
+    waiting, deadline = set(asked), time.monotonic() + CONNECT_SECONDS
+    while waiting:
+        seconds = max(0, deadline - time.monotonic())
+        answered, waiting = concurrent.futures.wait(waiting, seconds, "FIRST_COMPLETED")
+        if not answered:
+            print(f"No other mirror answered within {CONNECT_SECONDS} s.")
+            return
+        yield from ((asked[answer], answer) for answer in answered)
 
 
 def _save_response(response, path):
@@ -277,7 +281,7 @@ def load_dataset(settings):
     Raises UsageError for an unknown name, a missing path or an .npz that does not fit.
     """
     if settings.dataset != "mnist":
-        return _load_npz_dataset("dataset", settings.dataset)
+        return _load_npz_dataset(settings.dataset)
     arrays = load_mnist()
     if arrays is not None:
         return Dataset(arrays["x_train"][..., np.newaxis], arrays["y_train"], "mnist")
@@ -289,9 +293,7 @@ def load_dataset(settings):
     return Dataset(images, labels, "stand-in")
 
 
-def _load_npz_dataset(flag, path):
-    if not Path(path).exists():
-        raise UsageError(f"--{flag} is {path!r}, but must be the path of an .npz (or mnist)")
+def _load_npz_dataset(path):
     arrays = read_npz(path)
     images = arrays.get("images", arrays.get("x_train"))
     if images is None:
@@ -346,14 +348,13 @@ ARCHITECTURES = {"dense": (_dense_generator, _dense_discriminator)}
 
 
 def build_generator(settings, image_shape=(28, 28, 1), classes=10, dtype="float32"):
-    """Return the Keras generator: [latent (N, LATENT_DIM)] to images (N, H, W, C) in [-1, 1].
+    """Return the Keras generator: latent (N, LATENT_DIM) to images (N, H, W, C) in [-1, 1].
 
     With `settings.conditional` it takes [latent, class], classes being integers (N,).
     """
-    latent = keras.Input((settings.latent_dim,), name="latent")
-    inputs, hidden = [latent], latent
+    inputs = hidden = latent = keras.Input((settings.latent_dim,), name="latent")
     if settings.conditional:
-        inputs.append(keras.Input((), dtype="int32", name="class"))
+        inputs = [latent, keras.Input((), dtype="int32", name="class")]
         one_hot = keras.layers.CategoryEncoding(classes, output_mode="one_hot")(inputs[1])
         hidden = keras.layers.Concatenate()([latent, one_hot])
     hidden = ARCHITECTURES[settings.architecture][0](hidden, settings, image_shape, dtype)
@@ -362,17 +363,17 @@ def build_generator(settings, image_shape=(28, 28, 1), classes=10, dtype="float3
 
 
 def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, dtype="float32"):
-    """Return the Keras discriminator: [images (N, H, W, C) in [-1, 1]] to logits (N, 1).
+    """Return the Keras discriminator: images (N, H, W, C) in [-1, 1] to logits (N, 1).
 
     With `settings.conditional` it takes [image, class] and adds the features' projection on the
     class's own direction (arXiv 1802.05637): FID 2.5 where concatenating the class gave 4.2.
     """
-    inputs = [keras.Input(image_shape, name="image")]
-    features = ARCHITECTURES[settings.architecture][1](inputs[0], settings, dtype)
+    inputs = image = keras.Input(image_shape, name="image")
+    features = ARCHITECTURES[settings.architecture][1](image, settings, dtype)
     features = keras.layers.Activation("linear", dtype="float32")(features)
     logits = keras.layers.Dense(1)(features)
     if settings.conditional:
-        inputs.append(keras.Input((), dtype="int32", name="class"))
+        inputs = [image, keras.Input((), dtype="int32", name="class")]
         one_hot = keras.layers.CategoryEncoding(classes, output_mode="one_hot")(inputs[1])
         width = features.shape[-1]
         direction = keras.layers.Dense(width, use_bias=False, kernel_initializer="random_normal")
@@ -519,7 +520,7 @@ def train_step(state, settings, real, condition):
     loss_of_discriminator, loss_of_generator = LOSSES[settings.loss]
     latent = state.random.normal((tf.shape(real)[0], settings.latent_dim))
     with tf.GradientTape() as generator_tape:
-        fake = generator([latent, *condition], training=True)
+        fake = generator([latent, *condition] if condition else latent, training=True)
         fake = shift(fake, settings.shift, state.random)
     with tf.GradientTape() as discriminator_tape:
         real = shift(real, settings.shift, state.random)
@@ -547,7 +548,7 @@ def logits_and_slope(discriminator, images, condition):
     """Return logits (N, 1) and their gradients with respect to the images (N, H, W, C)."""
     with tf.GradientTape() as tape:
         tape.watch(images)
-        logits = discriminator([images, *condition], training=True)
+        logits = discriminator([images, *condition] if condition else images, training=True)
     return logits, tape.gradient(logits, images)
 
 
@@ -840,8 +841,10 @@ def draw(generator, latent, labels):
     parts = []
     for start in range(0, len(latent), 1000):
         some = slice(start, start + 1000)
-        inputs = [tf.constant(latent[some]), tf.constant(labels[some], tf.int32)]
-        images = generator(inputs[: len(generator.inputs)], training=False)
+        inputs = tf.constant(latent[some])
+        if len(generator.inputs) == 2:
+            inputs = [inputs, tf.constant(labels[some], tf.int32)]
+        images = generator(inputs, training=False)
         parts.append(tf.cast(tf.round((images + 1) * 127.5), tf.uint8).numpy())
     return np.concatenate(parts)
 
@@ -1122,8 +1125,6 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     """
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
-    for folder in (settings.samples_dir, settings.checkpoints_dir):
-        _refuse_unwritable(folder)
     if dataset is None:
         dataset = load_dataset(settings)
     elif not isinstance(dataset, Dataset):
@@ -1134,23 +1135,24 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     if dataset.labels is None and settings.conditional:
         print(f"{dataset.name} has no labels: training without classes.\n")
         settings = dataclasses.replace(settings, conditional=False)
+    _refuse_unwritable(settings.samples_dir, settings.checkpoints_dir)
     with _stopping_on_signals() as stop:
         run = _prepare(settings, dataset, resume, stop)
-        while run.progress() < 1 and not stop.is_set():
+        is_over = run.progress() == 1
+        while not is_over and not stop.is_set():
             _train_epoch(run)
+            is_over = run.progress() == 1
             if not stop.is_set():
-                _finish_epoch(run)
+                _finish_epoch(run, is_over)
         _finish(run)
     return run.state.average
 
 
-def _refuse_unwritable(folder):
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"cannot write into {folder}: {error.strerror}") from None
+def _refuse_unwritable(*folders):
+    for folder in map(Path, folders):
+        exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not exists.is_dir() or not os.access(exists, os.W_OK):
+            raise UsageError(f"cannot write into {folder}")
 
 
 @contextlib.contextmanager
@@ -1179,7 +1181,9 @@ def _prepare(settings, dataset, resume, stop):
     manager = tf.train.CheckpointManager(state, str(folder), max_to_keep=3)
     if resume:
         restore_state(manager, state, settings)
-    else:
+    for name in (settings.samples_dir, settings.checkpoints_dir):
+        Path(name).mkdir(parents=True, exist_ok=True)
+    if not resume:
         start_afresh(settings)
     history = json.loads(state.history.numpy())
     metrics = Path(settings.samples_dir, "metrics.csv")
@@ -1221,7 +1225,7 @@ def _train_epoch(run):
     columns = ["images/s", "D loss", "G loss"]
     verbose = sys.stdout.isatty()
     bar = keras.utils.Progbar(run.steps_per_epoch, 12, verbose, stateful_metrics=columns)
-    while first < run.steps_per_epoch and run.progress() < 1 and not run.stop.is_set():
+    while True:
         last = min(first + STEPS_PER_CALL, run.steps_per_epoch)
         pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
         start = time.monotonic()
@@ -1231,13 +1235,14 @@ def _train_epoch(run):
         state.seconds.assign([state.seconds.numpy()[0] + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
         bar.update(last, list(zip(columns, [speed, *losses], strict=True)), finalize=False)
+        if last == run.steps_per_epoch or run.progress() == 1 or run.stop.is_set():
+            return
         first = last
 
 
-def _finish_epoch(run):
+def _finish_epoch(run, is_last):
     """Measure, report, picture and save the epoch that was just trained."""
-    settings, average = run.settings, run.state.average
-    row, is_last = _training_row(run), run.progress() == 1
+    settings, average, row = run.settings, run.state.average, _training_row(run)
     epoch, checkpoints = row["epoch"], Path(settings.checkpoints_dir)
     if epoch % settings.evaluate_every == 0 or is_last:
         row |= quick_metrics(run.ruler, run.samples(settings.evaluation_images))
@@ -1375,7 +1380,7 @@ def _evaluate_command(settings, options):
         raise UsageError("--images and --checkpoint exclude each other")
     if "images" in options:
         path = options["images"]
-        images = _load_npz_dataset("images", path).images[: options.get("count")]
+        images = _load_npz_dataset(path).images[: options.get("count")]
     else:
         path = options.get("checkpoint", default_generator(settings))
         count = options.get("count", settings.evaluation_images)
@@ -1435,7 +1440,11 @@ def parse_command_line(arguments):
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", default="train", choices=sorted(COMMANDS))
+    command = "train"
+    if arguments and not arguments[0].startswith("-"):
+        command, *arguments = arguments
+    if command not in COMMANDS:
+        raise UsageError(f"{command!r} is no command; there are {', '.join(COMMANDS)}")
     group = parser.add_argument_group("options of some commands")
     for name, (commands, details) in OPTIONS.items():
         group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
@@ -1444,8 +1453,9 @@ def parse_command_line(arguments):
         default = ",".join(map(str, default)) if isinstance(default, tuple) else default
         words = " ".join(filter(None, [words, allowed, f"[{default}]"])).replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=words)
-    given = vars(parser.parse_args(arguments))
-    command = given.pop("command")
+    # argparse takes -1e-3 for a flag, unless it is tied to the flag before.
+    tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(arguments))
+    given = vars(parser.parse_args(tied.split("\0") if tied else []))
     options = {name: given.pop(name) for name in OPTIONS if name in given}
     for name in options:
         if command not in OPTIONS[name][0]:
@@ -1482,14 +1492,16 @@ def _start_tensorflow():
         tf.config.experimental.enable_op_determinism()
         # The step's products are small: two side by side on half the cores each take 6.5 ms a
         # step where one after the other on all of two cores takes 9.3.
-        tf.config.threading.set_inter_op_parallelism_threads(2)
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, os.cpu_count() // 2))
+        with contextlib.suppress(RuntimeError):  # in a notebook that has used TensorFlow before
+            tf.config.threading.set_inter_op_parallelism_threads(2)
+            tf.config.threading.set_intra_op_parallelism_threads(max(1, os.cpu_count() // 2))
         tf.zeros(1)
 
 
 def main(arguments=None):
     """Run the command line; return the exit status."""
     try:
+        arguments = sys.argv[1:] if arguments is None else list(arguments)
         command, settings, options = parse_command_line(arguments)
         _start_tensorflow()
         COMMANDS[command](settings, options)
@@ -1500,8 +1512,7 @@ def main(arguments=None):
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 1
     except Interrupted:
-        flags = sys.argv[1:] if arguments is None else arguments
-        flags = [flag for flag in flags if flag not in ("train", "--resume")]
+        flags = [flag for flag in arguments if flag not in ("train", "--resume")]
         print("\nStopped; all is saved. To go on:")
         print("  " + shlex.join(["python", "gan_mnist.py", "train", "--resume", *flags]))
         return 130

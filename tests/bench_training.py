@@ -1,0 +1,416 @@
+"""Measure gan_mnist.py's quality and speed against its goals, on this machine.
+
+    python tests/bench_training.py                                   everything: about half an hour
+    python tests/bench_training.py --parts minute,seeds --seeds 3    some of it
+    python tests/bench_training.py --parts speed --torch-python F    F: a Python that has PyTorch
+
+Needs MNIST in the Keras cache, and nothing else running. Pictures are judged by a classifier of
+another build than the ruler that gan_mnist.py ships, trained at first use (two to four minutes) and
+kept in the Keras home as judge.keras and judge.npz: FID under it is another number than the ruler's.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# TensorFlow and PyTorch are imported by workers alone, each a process of its own: a child's peak
+# memory as the kernel reports it starts at its parent's, so the parent has to stay small.
+
+PROGRAM = Path(__file__).resolve().parent.parent / "gan_mnist.py"
+KERAS_HOME = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+MNIST = KERAS_HOME / "datasets" / "mnist.npz"
+JUDGE, KNOWN = KERAS_HOME / "judge.keras", KERAS_HOME / "judge.npz"
+JUDGE_EPOCHS = 12
+IMAGES_SEED = 12_345  # latent points that no run measures itself by
+KINDS = {"conditional": "true", "unconditional": "false"}
+FID_GOALS = {  # at most, at full length
+    ("minute", "conditional"): 1.0,
+    ("minute", "unconditional"): 4.0,
+    ("default", "conditional"): 0.2,
+    ("default", "unconditional"): 1.0,
+}
+# 784 <- 1024 <- 512 <- 256 <- 128 <- 100 against 784 -> 1024 -> 512 -> 256 -> 1
+POPULAR = """
+    --latent-dim 100 --generator-widths 128,256,512,1024 --discriminator-widths 1024,512,256
+    --batch-size 64 --loss non_saturating --r1 0 --r2 0 --shift 0 --conditional false
+    --generator-learning-rate 2e-4 --discriminator-learning-rate 2e-4 --decay-from 1
+    --beta-1 0.5 --beta-2 0.999 --evaluation-images 100 --evaluate-every 2 --sample-every 2
+"""
+
+
+class Run(NamedTuple):
+    """What a training run left."""
+
+    wall: float  # seconds from the command to its exit
+    peak: float  # GB of memory
+    first_row: float  # seconds from the command to the first epoch's row in the terminal
+    rows: list  # of metrics.csv
+    generator: Path
+
+
+def train(work, *flags):
+    """Run `python gan_mnist.py FLAGS` in a new folder within `work`; return its Run."""
+    folder = Path(tempfile.mkdtemp(dir=work))
+    command, start = [sys.executable, PROGRAM, *flags], time.monotonic()
+    with (
+        open(folder / "errors", "w+") as errors,
+        subprocess.Popen(command, cwd=folder, text=True, stdout=-1, stderr=errors) as process,
+    ):
+        lines = [(time.monotonic() - start, line.split()) for line in process.stdout]
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.monotonic() - start
+        errors.seek(0)
+        refuse_failure("gan_mnist.py", process.returncode, errors.read())
+    with open(folder / "samples" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows[-1]["dataset"] != "mnist":
+        sys.exit(f"bench_training.py: {MNIST} is not MNIST: the run took {rows[-1]['dataset']}")
+    peak = usage.ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+    first_row = next((at for at, words in lines if words[:1] == ["1"]), math.nan)
+    return Run(wall, peak, first_row, rows, folder / "checkpoints" / "generator_latest.h5")
+
+
+def refuse_failure(name, status, errors):
+    """Exit with the last line of `errors` where `status` is not 0."""
+    if status:
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        sys.exit(f"bench_training.py: {name} failed with exit status {status}: {last}")
+
+
+def worker(name, *arguments, python=sys.executable):
+    """Return what the function WORKERS[name] returns, called in a process of its own."""
+    command = [python, __file__, "--worker", name, *map(str, arguments)]
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    refuse_failure(f"worker {name}", done.returncode, done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# The judge ---------------------------------------------------------------------------------------
+
+
+def load_mnist():
+    """Return MNIST's arrays by name, images as float32 (N, 28, 28, 1) in [0, 1]."""
+    with np.load(MNIST, allow_pickle=False) as arrays:
+        arrays = dict(arrays)
+    for name in ("x_train", "x_test"):
+        arrays[name] = arrays[name][..., np.newaxis].astype(np.float32) / 255
+    return arrays
+
+
+def train_judge(images, labels):
+    """Train a plain CNN on images (N, 28, 28, 1) in [0, 1]; write it, giving [features, logits]."""
+    import keras
+    from keras import layers
+
+    keras.utils.set_random_seed(7)
+    hidden = image = keras.Input((28, 28, 1))
+    hidden = layers.MaxPooling2D(2)(layers.Conv2D(32, 3, activation="relu")(hidden))
+    hidden = layers.Conv2D(64, 3, activation="relu")(hidden)
+    hidden = layers.MaxPooling2D(2)(layers.Conv2D(64, 3, activation="relu")(hidden))
+    hidden = layers.Dropout(0.3)(layers.Flatten()(hidden))
+    features = layers.Dense(128, activation="relu")(hidden)
+    logits = layers.Dense(10)(layers.Dropout(0.5)(features))
+    rate = keras.optimizers.schedules.CosineDecay(2e-3, JUDGE_EPOCHS * math.ceil(len(images) / 128))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    classifier = keras.Model(image, logits)
+    classifier.compile(keras.optimizers.Adam(rate), loss)
+    classifier.fit(images, labels, batch_size=128, epochs=JUDGE_EPOCHS, verbose=0)
+    keras.Model(image, [features, logits]).save(JUDGE)
+
+
+def judge_images(images):
+    """Return feature mean and covariance, and digits (N,), seen in (N, 28, 28, 1) in [0, 1]."""
+    import keras
+
+    judge = keras.models.load_model(JUDGE, compile=False)
+    features, logits = judge.predict(images, batch_size=500, verbose=0)
+    features = features.astype(np.float64)
+    return (features.mean(axis=0), np.cov(features, rowvar=False)), logits.argmax(axis=1)
+
+
+def judge_scale():
+    """Train the judge unless it is there; return its test accuracy and the FID of known images."""
+    if not KNOWN.exists():
+        from scipy.ndimage import gaussian_filter
+
+        arrays = load_mnist()
+        test = arrays["x_test"]
+        train_judge(arrays["x_train"], arrays["y_train"])
+        real, _ = judge_images(arrays["x_train"])
+        seen, digits = judge_images(test)
+        blurred, _ = judge_images(gaussian_filter(test, (0, 0.7, 0.7, 0)))
+        noise, _ = judge_images(np.random.default_rng(0).random(test.shape, np.float32))
+        fids = [distance(real, other) for other in (seen, blurred, noise)]
+        accuracy = (digits == arrays["y_test"]).mean()
+        np.savez(KNOWN, mean=real[0], covariance=real[1], scale=[accuracy, *fids])
+    with np.load(KNOWN) as known:
+        return known["scale"].tolist()
+
+
+def distance(one, other):
+    """Return the Fréchet distance of two (mean, covariance), arXiv 1706.08500."""
+    values, vectors = np.linalg.eigh(one[1])
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ other[1] @ root).clip(0)).sum()
+    return float(((one[0] - other[0]) ** 2).sum() + np.trace(one[1] + other[1]) - 2 * cross)
+
+
+def score(path):
+    """Return a generator's FID, class shares (10,), and share of asked digits read right or None."""
+    sys.path.insert(0, str(PROGRAM.parent))
+    import gan_mnist
+
+    generator = gan_mnist.load_generator(path)
+    conditional = len(generator.inputs) == 2
+    asked = {"count": 1000, "digits": range(10)} if conditional else {"count": 10_000}
+    images = gan_mnist.generate(generator, **asked, seed=IMAGES_SEED)
+    seen, digits = judge_images(images.astype(np.float32) / 255)
+    shares = np.bincount(digits, minlength=10) / len(digits)
+    right = float((digits == np.arange(10_000) % 10).mean()) if conditional else None
+    with np.load(KNOWN) as known:
+        return distance((known["mean"], known["covariance"]), seen), shares.tolist(), right
+
+
+# The peer ----------------------------------------------------------------------------------------
+
+
+def torch_networks():
+    """Return POPULAR's generator and discriminator in PyTorch, layer by layer the same."""
+    from torch import nn
+
+    def stack(block, *widths):
+        return [layer for pair in itertools.pairwise(widths) for layer in block(*pair)]
+
+    def normalised(before, width):
+        return nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)
+
+    def leaky(before, width):
+        return nn.Linear(before, width), nn.LeakyReLU(0.2, inplace=True)
+
+    generator = stack(normalised, 100, 128, 256, 512, 1024)
+    discriminator = stack(leaky, 784, 1024, 512, 256)
+    return (
+        nn.Sequential(*generator, nn.Linear(1024, 784), nn.Tanh()),
+        nn.Sequential(*discriminator, nn.Linear(256, 1)),
+    )
+
+
+def torch_speed(path):
+    """Return the popular loop's images per second, after an epoch to warm up, and its version.
+
+    On the uint8 images in the .npz at `path`, eager, in float32. In its favour: no DataLoader and
+    no reading of losses (the images are floats in memory), the fakes are drawn once for both
+    updates, and the better counts of PyTorch's own choice of threads and one (on a busy machine
+    one is up to four times as fast). (None, None) where PyTorch is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        return None, None
+    images = torch.from_numpy(np.load(path)["images"]).reshape(-1, 784).float() / 127.5 - 1
+    networks = torch_networks()
+    optimizers = [torch.optim.Adam(n.parameters(), lr=2e-4, betas=(0.5, 0.999)) for n in networks]
+    threads, speeds = torch.get_num_threads(), []
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        start = time.monotonic()
+        batches = torch.randperm(len(images)).split(64)[: len(images) // 64]
+        for batch in batches:
+            torch_step(images[batch], *networks, *optimizers)
+        speeds.append(64 * len(batches) / (time.monotonic() - start))
+    return max(speeds[1:]), torch.__version__
+
+
+def torch_step(real, generator, discriminator, generator_optimizer, discriminator_optimizer):
+    """Update the generator, then the discriminator, as the popular scripts do."""
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+    ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
+    generator_optimizer.zero_grad()
+    fake = generator(torch.randn(len(real), 100))
+    cross_entropy(discriminator(fake), ones).backward()
+    generator_optimizer.step()
+    discriminator_optimizer.zero_grad()
+    real_loss = cross_entropy(discriminator(real), ones)
+    fake_loss = cross_entropy(discriminator(fake.detach()), zeros)
+    ((real_loss + fake_loss) / 2).backward()
+    discriminator_optimizer.step()
+
+
+# The parts ---------------------------------------------------------------------------------------
+
+
+def verdict(**goals):
+    """Return "met", or which of the goals (truth by name) were missed."""
+    missed = [name for name, met in goals.items() if not met]
+    return "missed: " + " ".join(missed) if missed else "met"
+
+
+def scored(work, part, name, *flags):
+    """Train with `flags`, print the run's row of the table, return its FID by the judge."""
+    run = train(work, *flags)
+    fid, shares, right = worker("score", run.generator)
+    goals = {"FID": fid <= FID_GOALS.get((part, name), math.inf), "GB": run.peak <= 2}
+    if part == "default":
+        goals["wall"] = run.wall <= 360
+        goals["shares"] = min(shares) >= 0.08 and max(shares) <= 0.12
+        goals["read"] = right is None or right >= 0.99
+    span = f"{100 * min(shares):.1f}-{100 * max(shares):.1f}"
+    read = "-" if right is None else f"{100 * right:.2f}"
+    print(
+        f"{part:7} {name:13} {run.wall:6.1f} {run.peak:5.2f} {fid:8.3f} {span:>10} {read:>6}"
+        f"  {verdict(**goals)}",
+        flush=True,
+    )
+    return fid
+
+
+def minute(work, options):
+    """One minute of training, with and without classes."""
+    for name, value in KINDS.items():
+        flags = ("--max-minutes", str(options.minutes), "--conditional", value)
+        scored(work, "minute", name, *flags)
+
+
+def default(work, options):
+    """The default run to its end, with and without classes."""
+    epochs = ("--epochs", str(options.epochs)) if options.epochs else ()
+    for name, value in KINDS.items():
+        scored(work, "default", name, "--conditional", value, *epochs)
+
+
+def seeds(work, options):
+    """The one-minute run from several seeds."""
+    flags = ("--max-minutes", str(options.minutes), "--seed")
+    fids = [scored(work, "seeds", f"seed {n}", *flags, str(n)) for n in range(options.seeds)]
+    worst, median = max(fids), statistics.median(fids)
+    print(
+        f"seeds   FID worst {worst:.3f}, median {median:.3f}, ratio {worst / median:.2f};"
+        f" goal 1.5: {verdict(ratio=worst <= 1.5 * median)}"
+    )
+
+
+def speed(work, options):
+    """Images per second at the popular nets, against eager PyTorch, in turn."""
+    images = Path(work, "mnist.npz")
+    np.savez(images, images=np.load(MNIST)["x_train"][: options.images])
+    flags = ("--dataset", str(images), "--precision", options.precision, "--epochs", "2")
+    ratios = []
+    for _ in range(options.pairs):
+        # The second epoch: the first one's time has the tracing in it.
+        rows = train(work, *POPULAR.split(), *flags).rows
+        ours = float(rows[-1]["images_per_second"])
+        print(f"speed   images/s: gan_mnist.py {ours:,.0f}", end="", flush=True)
+        peer, version = worker("torch", images, python=options.torch_python)
+        if peer is None:
+            print(", PyTorch not installed (see --torch-python)", flush=True)
+            continue
+        ratios.append(ours / peer)
+        print(f", PyTorch {version} {peer:,.0f}, ratio {ratios[-1]:.2f}", flush=True)
+    if ratios:
+        median = statistics.median(ratios)
+        print(f"speed   median ratio {median:.2f}; goal 4: {verdict(ratio=median >= 4)}")
+
+
+def start(work, options):
+    """Seconds from the command to the end of the first training step; peak memory.
+
+    Neither measured nor pictured, epoch 1 reports as soon as it is trained. That moment, less the
+    time of a steady epoch (the second) but for one of its steps, is when the first step ended:
+    imports, data, networks and tracing are in it, wherever the program does them.
+    """
+    run = train(work, "--epochs", "2", "--evaluate-every", "2", "--sample-every", "2")
+    steady, steps = float(run.rows[1]["seconds"]), int(run.rows[0]["step"])
+    seconds = run.first_row - steady * (1 - 1 / steps)
+    print(f"start   first step done after {seconds:.1f} s; goal 12: {verdict(s=seconds <= 12)}")
+    print(f"start   peak in two epochs {run.peak:.2f} GB; goal 2: {verdict(GB=run.peak <= 2)}")
+
+
+# Command line ------------------------------------------------------------------------------------
+
+PARTS = {"minute": minute, "default": default, "seeds": seeds, "speed": speed, "start": start}
+WORKERS = {"judge": judge_scale, "score": score, "torch": torch_speed}
+
+
+def parse_command_line():
+    """Return the options. Exits with status 2 for one that is not allowed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ",".join(PARTS)
+    parser.add_argument("--parts", default=every, help="which of %(default)s to measure")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of minute and seeds [1]")
+    parser.add_argument("--epochs", type=int, default=0, help="of default [the program's own]")
+    parser.add_argument("--seeds", type=int, default=5, help="how many [5]")
+    parser.add_argument("--pairs", type=int, default=3, help="of speed, in turn [3]")
+    parser.add_argument("--images", type=int, default=60_000, help="of speed's epochs [60000]")
+    parser.add_argument("--precision", default="auto", help="of speed's gan_mnist.py [auto]")
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter with PyTorch")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.parts = options.parts.split(",")
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"--parts has {', '.join(sorted(unknown))}, but knows {every}")
+    if not shutil.which(options.torch_python):
+        parser.error(f"--torch-python is {options.torch_python!r}, which cannot be run")
+    if min(options.seeds, options.pairs) < 1 or options.minutes <= 0:
+        parser.error("--seeds and --pairs must be 1 or more, --minutes more than 0")
+    return options
+
+
+def print_head(parts):
+    """Print the machine and, for parts with pictures, the judge's scale and the table's head."""
+    processor = Path("/proc/cpuinfo")
+    amx = processor.exists() and "amx_bf16" in processor.read_text()
+    load = os.getloadavg()[0]
+    print(
+        f"{os.cpu_count()} cores {'with' if amx else 'without'} AMX, TensorFlow"
+        f" {importlib.metadata.version('tensorflow')}, load at the start {load:.1f}",
+        flush=True,
+    )
+    if load > os.cpu_count() / 4:
+        print("Something else is, or was just, running: what follows is worth little.", flush=True)
+    if {"minute", "default", "seeds"} & set(parts):
+        if not KNOWN.exists():
+            print("training the judge, once, for two to four minutes ...", flush=True)
+        accuracy, *fids = worker("judge")
+        print(f"judge   reads {accuracy:.2%} of the test images right")
+        print("        FID of test images {:.3f}, blurred {:.2f}, noise {:.0f}\n".format(*fids))
+        print("part    run           wall s    GB      FID   shares % read %  goal", flush=True)
+
+
+def main():
+    """Measure the parts that were asked for, printing as they go; return the exit status."""
+    options = parse_command_line()
+    if options.worker:
+        name, *arguments = options.worker
+        print(json.dumps(WORKERS[name](*arguments)))
+        return 0
+    if not MNIST.is_file():
+        sys.exit(f"bench_training.py: {MNIST} is missing; python gan_mnist.py downloads it")
+    print_head(options.parts)
+    with tempfile.TemporaryDirectory() as work:
+        for part in options.parts:
+            PARTS[part](work, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

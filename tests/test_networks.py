@@ -1,0 +1,229 @@
+"""Networks, losses and the training step: shapes, formulas, gradients, the average."""
+
+import contextlib
+import io
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import synthetic_digits
+
+import gan_mnist
+
+LOSS_NAMES = (
+    *("non_saturating", "minimax", "least_squares", "hinge", "wasserstein", "relativistic"),
+)
+
+
+def small(**changes):
+    """Return Settings of small networks."""
+    return gan_mnist.Settings(
+        **{"latent_dim": 8, "generator_widths": (24, 32), "discriminator_widths": (32, 16)}
+        | changes
+    )
+
+
+def train_quietly(folder, images, **changes):
+    """Train in this process for one epoch; return the averaged generator."""
+    settings = small(
+        samples_dir=str(folder / "samples"),
+        checkpoints_dir=str(folder / "checkpoints"),
+        evaluation_images=100,
+        **changes,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return gan_mnist.train(images, epochs=1, settings=settings)
+
+
+def kinds(model):
+    return [type(layer).__name__ for layer in model.layers]
+
+
+def activations(model):
+    return {getattr(getattr(layer, "activation", None), "__name__", "") for layer in model.layers}
+
+
+@pytest.fixture(params=[True, False], ids=["conditional", "unconditional"])
+def conditional(request):
+    return request.param
+
+
+def with_classes(inputs, conditional):
+    """Return what the network takes for the inputs (N, ...): beside them the classes in turn."""
+    classes = np.arange(len(inputs), dtype=np.int32) % 10
+    return [inputs, classes] if conditional else inputs
+
+
+# ----- Networks
+
+
+def test_the_generator_makes_images_within_minus_one_and_one(conditional):
+    generator = gan_mnist.build_generator(small(conditional=conditional))
+    assert len(generator.inputs) == 1 + conditional
+    assert generator.inputs[0].shape == (None, 8)
+    assert not conditional or "int" in generator.inputs[1].dtype
+    latent = 1e4 * np.random.default_rng(0).normal(size=(50, 8)).astype("float32")
+    images = generator(with_classes(latent, conditional), training=False).numpy()
+    assert images.shape == (50, 28, 28, 1) and images.dtype == np.float32
+    assert np.abs(images).max() <= 1 and images.min() < -0.5 and images.max() > 0.5
+
+
+def test_the_discriminator_gives_one_logit_without_a_sigmoid(conditional):
+    discriminator = gan_mnist.build_discriminator(small(conditional=conditional))
+    assert len(discriminator.inputs) == 1 + conditional
+    assert discriminator.inputs[0].shape == (None, 28, 28, 1)
+    discriminator.set_weights([50 * weight for weight in discriminator.get_weights()])
+    images = np.random.default_rng(0).uniform(-1, 1, (50, 28, 28, 1)).astype("float32")
+    logits = discriminator(with_classes(images, conditional)).numpy()
+    assert logits.shape == (50, 1) and logits.dtype == np.float32
+    assert logits.min() < -1 and logits.max() > 1
+    assert "sigmoid" not in activations(discriminator)
+
+
+def test_the_networks_are_made_of_the_layers_and_widths_asked_for():
+    widths = {"generator_widths": (20, 30, 40), "discriminator_widths": (50, 60)}
+    settings = small(conditional=False, **widths)
+    generator = gan_mnist.build_generator(settings)
+    discriminator = gan_mnist.build_discriminator(settings)
+    dense = [x.units for x in generator.layers if isinstance(x, keras.layers.Dense)]
+    assert dense == [20, 30, 40, 784]
+    dense = [x.units for x in discriminator.layers if isinstance(x, keras.layers.Dense)]
+    assert dense == [50, 60, 1]
+    assert kinds(generator).count("BatchNormalization") == 3
+    assert kinds(discriminator).count("LeakyReLU") == 2
+    assert "Lambda" not in kinds(generator) + kinds(discriminator)
+    assert "tanh" in activations(generator)
+
+
+def test_the_class_changes_what_both_networks_say():
+    generator = gan_mnist.build_generator(small())
+    discriminator = gan_mnist.build_discriminator(small())
+    image = generator(with_classes(np.ones((10, 8), "float32"), True))
+    assert len(np.unique(image.numpy().reshape(10, -1), axis=0)) == 10
+    same = np.repeat(image[:1], 10, axis=0)
+    assert len(np.unique(discriminator(with_classes(same, True)).numpy())) == 10
+
+
+# ----- Losses
+
+
+def log_sigmoid(x):
+    return -np.log1p(np.exp(-x))
+
+
+BY_HAND = {  # name: the discriminator's and the generator's loss, from logits
+    "non_saturating": (
+        lambda real, fake: -log_sigmoid(real) - log_sigmoid(-fake),
+        lambda real, fake: -log_sigmoid(fake),
+    ),
+    "minimax": (
+        lambda real, fake: -log_sigmoid(real) - log_sigmoid(-fake),
+        lambda real, fake: log_sigmoid(-fake),
+    ),
+    "least_squares": (
+        lambda real, fake: (real - 1) ** 2 + fake**2,
+        lambda real, fake: (fake - 1) ** 2,
+    ),
+    "hinge": (
+        lambda real, fake: np.maximum(0, 1 - real) + np.maximum(0, 1 + fake),
+        lambda real, fake: -fake,
+    ),
+    "wasserstein": (lambda real, fake: fake - real, lambda real, fake: -fake),
+    "relativistic": (
+        lambda real, fake: -log_sigmoid(real - fake),
+        lambda real, fake: -log_sigmoid(fake - real),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_loss_has_the_values_of_its_paper(name):
+    real, fake = np.meshgrid(np.linspace(-6, 6, 13), np.linspace(-5, 5, 11))
+    logits = [tf.constant(x.reshape(-1, 1), tf.float32) for x in (real, fake)]
+    for ours, by_hand in zip(gan_mnist.LOSSES[name], BY_HAND[name], strict=True):
+        expected = by_hand(real, fake).reshape(-1, 1)
+        values = np.broadcast_to(ours(*logits), expected.shape)
+        assert np.allclose(values, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_loss_of_huge_logits_is_finite(name):
+    huge = tf.constant([[-1e4], [1e4]])
+    for function in gan_mnist.LOSSES[name]:
+        assert np.isfinite(function(huge, -huge)).all()
+
+
+# ----- The training step
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_step_follows_the_plain_gradients_of_both_losses(name, conditional):
+    """One step of plain gradient descent moves both networks by what two tapes say."""
+    settings = small(conditional=conditional, loss=name, r1=0.5, r2=0.25, shift=0)
+    keras.utils.set_random_seed(0)
+    state = SimpleNamespace(
+        generator=gan_mnist.build_generator(settings),
+        discriminator=gan_mnist.build_discriminator(settings),
+        generator_optimizer=keras.optimizers.SGD(1.0),
+        discriminator_optimizer=keras.optimizers.SGD(1.0),
+        random=tf.random.Generator.from_seed(0),
+    )
+    both = (state.generator, state.discriminator)
+    before = [[x.numpy() for x in network.trainable_variables] for network in both]
+    real = tf.constant(synthetic_digits(30)[0][..., np.newaxis] / 127.5 - 1, tf.float32)
+    condition = [tf.range(30) % 10] if conditional else []
+
+    latent = tf.random.Generator.from_seed(0).normal((30, 8))
+    expected = plain_gradients(state, settings, real, latent, condition)
+    gan_mnist.train_step(state, settings, real, condition)
+
+    for network, old, gradients in zip(both, before, expected, strict=True):
+        for variable, was, gradient in zip(
+            network.trainable_variables, old, gradients, strict=True
+        ):
+            assert np.allclose(was - variable.numpy(), gradient, rtol=1e-3, atol=1e-5)
+
+
+def plain_gradients(state, settings, real, latent, condition):
+    """Return both networks' gradients by separate tapes, from the definitions."""
+    for_discriminator, for_generator = gan_mnist.LOSSES[settings.loss]
+
+    def judge(images):
+        return state.discriminator([images, *condition] if condition else images, training=True)
+
+    def penalty(images):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            logits = judge(images)
+        return tf.reduce_mean(tf.reduce_sum(tape.gradient(logits, images) ** 2, (1, 2, 3))) / 2
+
+    moving = [x.numpy() for x in state.generator.non_trainable_variables]
+    with tf.GradientTape(persistent=True) as tape:
+        fake = state.generator([latent, *condition] if condition else latent, training=True)
+        generator_loss = tf.reduce_mean(for_generator(judge(real), judge(fake)))
+        fixed = tf.stop_gradient(fake)
+        discriminator_loss = tf.reduce_mean(for_discriminator(judge(real), judge(fixed)))
+        discriminator_loss += settings.r1 * penalty(real) + settings.r2 * penalty(fixed)
+    for variable, was in zip(state.generator.non_trainable_variables, moving, strict=True):
+        variable.assign(was)
+    return (
+        tape.gradient(generator_loss, state.generator.trainable_variables),
+        tape.gradient(discriminator_loss, state.discriminator.trainable_variables),
+    )
+
+
+def test_the_average_is_near_the_generator_after_a_hundred_steps(tmp_path):
+    images = synthetic_digits(2000)[0]  # a plain array, as from a notebook
+    flags = {"batch_size": 20, "seed": 3}
+    averaged = train_quietly(tmp_path / "averaged", images, ema_decay=0.9999, **flags)
+    last = train_quietly(tmp_path / "last", images, ema_decay=0.0, **flags)  # the generator itself
+    keras.utils.set_random_seed(3)
+    first = gan_mnist.build_generator(small(conditional=False))
+    pairs = list(zip(averaged.weights, last.weights, first.weights, strict=True))
+    assert any("moving_mean" in average.path for average, _, _ in pairs)
+    for average, end, start in pairs:
+        average, end, start = average.numpy(), end.numpy(), start.numpy()
+        assert np.linalg.norm(average - end) < 0.5 * np.linalg.norm(start - end), average.shape
+        assert not np.array_equal(average, end)

@@ -1,0 +1,200 @@
+"""Training from outside: the files that a run leaves, the terminal, a machine offline."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import (
+    COLUMNS,
+    NO_NETWORK,
+    WEIGHTS,
+    assert_same_weights,
+    environment,
+    files_in,
+    rows,
+    run,
+)
+from PIL import Image
+
+import gan_mnist
+
+# What a bare Keras process says of .h5 files: inputs, output shape, types, images of fixed input.
+BARE = """
+import sys, keras, numpy as np
+for path in sys.argv[1:]:
+    model = keras.models.load_model(path)
+    types = {w.dtype for w in model.weights} | {x.compute_dtype for x in model.layers}
+    latent = np.linspace(-2, 2, 10 * model.inputs[0].shape[1]).reshape(10, -1).astype("float32")
+    classes = np.arange(10)
+    images = model([latent, classes] if len(model.inputs) == 2 else latent, training=False)
+    np.save(path + ".npy", images)
+    print(len(model.inputs), model.output_shape, *(types - {"int32", "int64"}))
+"""
+
+
+# ----- What a run writes
+
+
+def test_a_run_ends_well_in_silence_on_stderr(tiny_run, plain_runs):
+    for _, result in (tiny_run, plain_runs["first"]):  # each the first of its process
+        assert (result.status, result.err) == (0, ""), result.err
+
+
+def test_a_run_leaves_the_files_of_the_design(tiny_run):
+    samples, checkpoints = (files_in(tiny_run[0] / name) for name in ("samples", "checkpoints"))
+    grids = [f"image_at_epoch_{epoch:04d}.png" for epoch in (1, 2, 3, 4)]
+    events = [name for name in samples if name.startswith("tensorboard/")]
+    assert len(events) == 1
+    assert set(samples) - set(events) == {
+        *("metrics.csv", "metrics.png", "training.gif", "tensorboard", *grids),
+    }
+    state = {name for name in checkpoints if name.startswith("state")}
+    assert len(state) > 1
+    assert set(checkpoints) - state == {
+        *("generator_best.h5", "generator_latest.h5"),
+        *("generator_model_epoch_002.h5", "generator_model_epoch_004.h5"),
+    }
+    assert files_in(tiny_run[0]) == sorted(
+        ["samples", "checkpoints"]
+        + [f"samples/{name}" for name in samples]
+        + [f"checkpoints/{name}" for name in checkpoints]
+    )
+
+
+def test_metrics_csv_has_a_sound_row_an_epoch(tiny_run):
+    table = rows(tiny_run[0])
+    assert [int(row["epoch"]) for row in table] == [1, 2, 3, 4]
+    assert [int(row["step"]) for row in table] == [150, 300, 450, 600]
+    for row in table:
+        assert float(row["seconds"]) > 0
+        speed = 3000 / float(row["seconds"])
+        assert float(row["images_per_second"]) == pytest.approx(speed, rel=0.02)
+        assert all(np.isfinite(float(row[name])) for name in COLUMNS[4:9])
+        assert 1 <= float(row["inception_score"]) <= 10 and float(row["fid"]) > 0
+        assert 0 <= int(row["classes_covered"]) <= 10
+        assert row["dataset"] in ("segments", "segments.npz") and "inception" in row["inception"]
+
+
+def test_the_grids_show_the_samples_unblurred_under_a_title(tiny_run):
+    for epoch in (1, 4):
+        path = tiny_run[0] / "samples" / f"image_at_epoch_{epoch:04d}.png"
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.shape[1] == 560 and 560 < picture.shape[0] < 640
+        grid = picture[-560:]
+        assert np.array_equal(grid, np.kron(grid[::2, ::2], np.ones((2, 2), int)))
+        assert len(np.unique(picture[:-560])) > 10  # the title's anti-aliased letters
+
+
+def test_the_animation_shows_the_grids_in_order(tiny_run):
+    samples = tiny_run[0] / "samples"
+    with Image.open(samples / "training.gif") as animation:
+        assert animation.n_frames == 4
+        for number in range(4):
+            animation.seek(number)
+            frame = np.asarray(animation.convert("L"), float)
+            grid = Image.open(samples / f"image_at_epoch_{number + 1:04d}.png").convert("L")
+            assert frame.shape == (grid.height, grid.width)
+            assert np.abs(frame - np.asarray(grid)).mean() < 4
+
+
+def test_tensorboard_gets_the_same_scalars_and_the_grids(tiny_run):
+    (path,) = (tiny_run[0] / "samples" / "tensorboard").iterdir()
+    scalars, grids = {}, {}
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "images":
+                grids[event.step] = value.tensor.string_val[2]
+            else:
+                scalars[value.tag, event.step] = float(tf.make_ndarray(value.tensor))
+    for row in rows(tiny_run[0]):
+        epoch = int(row["epoch"])
+        for name in ("discriminator_loss", "generator_loss", "inception_score", "fid"):
+            assert scalars[name, epoch] == pytest.approx(float(row[name]), rel=1e-5)
+        png = tiny_run[0] / "samples" / f"image_at_epoch_{epoch:04d}.png"
+        assert grids[epoch] == png.read_bytes()
+
+
+def test_the_terminal_shows_a_row_an_epoch_in_80_columns_and_no_control_codes(tiny_run):
+    out = tiny_run[1].out
+    assert "\r" not in out and "\033" not in out and "\b" not in out
+    table = [line for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert [line.split()[0] for line in table] == ["1", "2", "3", "4"]
+    for line, row in zip(table, rows(tiny_run[0]), strict=True):
+        assert len(line) < 80 and len(line.split()) == 8
+        assert f"{float(row['fid']):.3f}"[:-1] in line
+    assert "segments" in out and "training.gif" in out
+
+
+def test_the_best_generator_is_the_one_of_the_lowest_fid(tiny_run):
+    checkpoints = tiny_run[0] / "checkpoints"
+    best = min(rows(tiny_run[0]), key=lambda row: float(row["fid"]))
+    assert best["epoch"] in ("2", "4"), "choose another seed: only even epochs are kept"
+    assert_same_weights(
+        checkpoints / "generator_best.h5",
+        checkpoints / f"generator_model_epoch_{int(best['epoch']):03d}.h5",
+    )
+
+
+def test_the_checkpoints_open_in_a_bare_keras_process(tiny_run, plain_runs, tmp_path):
+    sources = [tiny_run[0], plain_runs["first"][0]]
+    paths = [folder / "checkpoints" / "generator_latest.h5" for folder in sources]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *map(str, paths)],
+        cwd=tmp_path,
+        env=environment(TF_CPP_MIN_LOG_LEVEL=3, PYTHONPATH=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "UserWarning" not in done.stderr, done.stderr
+    assert done.stdout.splitlines() == [
+        "2 (None, 28, 28, 1) float32",
+        "1 (None, 28, 28, 1) float32",
+    ]
+    for path, inputs in zip(paths, (2, 1), strict=True):
+        images = np.load(f"{path}.npy")
+        os.remove(f"{path}.npy")
+        latent = np.linspace(-2, 2, 80).reshape(10, 8).astype("float32")
+        ours = gan_mnist.load_generator(path)([latent, np.arange(10)] if inputs == 2 else latent)
+        assert np.abs(images).max() <= 1 and np.std(images) > 0.1
+        assert np.allclose(images, ours, atol=1e-5)
+
+
+def test_folders_that_cannot_be_written_are_refused_before_training(
+    digits_npz, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    for flag, value in itertools.product(("samples_dir", "checkpoints_dir"), ("file", "file/in")):
+        settings = gan_mnist.Settings(dataset=str(digits_npz), **{flag: value})
+        with pytest.raises(gan_mnist.UsageError, match="file") as refusal:
+            gan_mnist.train(settings=settings)
+        assert len(str(refusal.value).splitlines()) == 1
+        assert files_in(tmp_path) == ["file"], flag
+
+
+def test_a_default_epoch_on_real_mnist_is_measured_by_the_shipped_ruler(mnist, tmp_path):
+    result = run("--epochs", 1, "--seed", 1, cwd=tmp_path)
+    assert (result.status, result.err) == (0, "")
+    (row,) = rows(tmp_path)
+    assert row["dataset"] == "mnist" and (WEIGHTS / f"{row['inception']}.h5").exists()
+    assert float(row["fid"]) < 100 and float(row["inception_score"]) > 1
+
+
+def test_offline_with_an_empty_cache_a_run_goes_on_with_a_stand_in_named_so(tmp_path):
+    (tmp_path / "run").mkdir()
+    result = run(
+        *("--epochs", 1, "--evaluation-images", 1000, "--checkpoint-every", 1),
+        cwd=tmp_path / "run",
+        KERAS_HOME=tmp_path / "empty",
+        **NO_NETWORK,
+    )
+    assert (result.status, result.err) == (0, "")
+    assert "stand-in" in result.out and "NOT MNIST" in result.out.upper()
+    (row,) = rows(tmp_path / "run")
+    assert row["dataset"] == "stand-in"

@@ -1,0 +1,74 @@
+"""Stopping and going on: Ctrl-C, --resume, --max-minutes; and that a seed decides everything."""
+
+import contextlib
+import itertools
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+
+from conftest import assert_same_weights, command, environment, files_in, rows, run, untimed
+from PIL import Image
+
+
+def interrupt_in_second_epoch(flags, folder):
+    """Run in a terminal, press Ctrl-C in the second epoch's midst; return status, screen, errors."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        command(*flags), cwd=folder, env=environment(), stdout=follower, stderr=subprocess.PIPE
+    )
+    os.close(follower)
+    screen, interrupted = b"", False
+    with contextlib.suppress(OSError):  # so Linux ends a terminal whose process is gone
+        while chunk := os.read(leader, 4096):
+            screen += chunk
+            steps = [int(number) for number in re.findall(rb"(\d+)/150", screen)]
+            if not interrupted and any(b < a for a, b in itertools.pairwise(steps)):
+                process.send_signal(signal.SIGINT)
+                interrupted = True
+    os.close(leader)
+    return process.wait(60), screen.decode(), process.stderr.read().decode()
+
+
+def test_an_interrupted_run_resumes_to_the_bytes_of_one_never_stopped(
+    tiny_run, tiny_flags, tmp_path
+):
+    status, screen, err = interrupt_in_second_epoch(tiny_flags, tmp_path)
+    assert (status, err) == (130, ""), screen
+    bar = screen[screen.index("/150") :]
+    assert "images/s" in bar and "loss" in bar
+    done = rows(tmp_path)
+    assert [row["epoch"] for row in done] == ["1"]
+    line = shlex.split(screen.splitlines()[-1])
+    assert line[:2] == ["python", "gan_mnist.py"] and "--resume" in line
+
+    resumed = run(*line[2:], cwd=tmp_path)
+    assert (resumed.status, resumed.err) == (0, "")
+    assert rows(tmp_path)[: len(done)] == done
+    assert untimed(tmp_path) == untimed(tiny_run[0])
+    for name in ("latest", "best", "model_epoch_004"):
+        path = f"checkpoints/generator_{name}.h5"
+        assert_same_weights(tmp_path / path, tiny_run[0] / path)
+    grid = "samples/image_at_epoch_0004.png"
+    assert (tmp_path / grid).read_bytes() == (tiny_run[0] / grid).read_bytes()
+    assert Image.open(tmp_path / "samples" / "training.gif").n_frames == 4
+
+
+def test_two_runs_of_one_seed_are_equal(plain_runs):
+    first, second = plain_runs["first"][0], plain_runs["second"][0]
+    assert untimed(first) == untimed(second) and len(untimed(first)) == 2
+    names = "checkpoints/generator_latest.h5", "samples/image_at_epoch_0002.png"
+    assert_same_weights(first / names[0], second / names[0])
+    assert (first / names[1]).read_bytes() == (second / names[1]).read_bytes()
+
+
+def test_a_run_of_so_many_minutes_ends_with_everything_saved(plain_runs):
+    folder, result = plain_runs["minutes"]
+    table = rows(folder)
+    assert 1 <= len(table) < 100 and result.status == 0
+    last = f"image_at_epoch_{int(table[-1]['epoch']):04d}.png"
+    assert {last, "metrics.png", "training.gif"} <= set(files_in(folder / "samples"))
+    made = files_in(folder / "checkpoints")
+    assert {"generator_latest.h5", "generator_best.h5", "state"} <= set(made)
