@@ -27,7 +27,7 @@ ARCHITECTURE = "dense"  # kind of layers [dense]
 CONDITIONAL = True  # both networks are told the digit's class; false: the plain GAN of 2014
 LATENT_DIM = 64  # numbers that the generator makes an image from [2..65536]
 GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first [1..65536]
-DISCRIMINATOR_WIDTHS = (512, 512, 256)  # units of its hidden layers, image side first [1..65536]
+DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first [1..65536]
 
 # The game
 LOSS = "relativistic"  # [non_saturating|minimax|least_squares|hinge|wasserstein|relativistic]
@@ -377,8 +377,8 @@ def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, dtype="fl
         one_hot = keras.layers.CategoryEncoding(classes, output_mode="one_hot")(inputs[1])
         width = features.shape[-1]
         direction = keras.layers.Dense(width, use_bias=False, kernel_initializer="random_normal")
-        projection = keras.layers.Dot(axes=1)([features, direction(one_hot)])
-        logits = keras.layers.Add()([logits, keras.layers.Rescaling(width**-0.5)(projection)])
+        projection = keras.ops.sum(features * direction(one_hot), axis=1, keepdims=True)
+        logits += projection / math.sqrt(width)
     return keras.Model(inputs, logits, name="discriminator")
 
 
@@ -484,13 +484,14 @@ def compile_training(state, dataset, settings):
     `order` (N,) is the epoch's permutation of the images; `pace` scales both learning rates.
     """
     strategy = tf.distribute.get_strategy()
+    replicas = strategy.num_replicas_in_sync
     images = tf.constant(dataset.images)  # all of them on the device, a byte a pixel
     labels = tf.constant(dataset.labels, tf.int32) if settings.conditional else None
 
     @tf.autograph.experimental.do_not_convert
     def step(batch):
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        batch = tf.reshape(batch, (strategy.num_replicas_in_sync, -1))[replica]
+        batch = tf.reshape(batch, (replicas, settings.batch_size // replicas))[replica]
         real = tf.cast(tf.gather(images, batch), tf.float32) / 127.5 - 1
         condition = [tf.gather(labels, batch)] if settings.conditional else []
         return train_step(state, settings, real, condition)
@@ -518,7 +519,7 @@ def train_step(state, settings, real, condition):
     """
     generator, discriminator = state.generator, state.discriminator
     loss_of_discriminator, loss_of_generator = LOSSES[settings.loss]
-    latent = state.random.normal((tf.shape(real)[0], settings.latent_dim))
+    latent = state.random.normal((real.shape[0], settings.latent_dim))
     with tf.GradientTape() as generator_tape:
         fake = generator([latent, *condition] if condition else latent, training=True)
         fake = shift(fake, settings.shift, state.random)
@@ -560,13 +561,17 @@ def gradient_penalty(weight, slope):
 
 
 def shift(images, pixels, random):
-    """Move a batch by up to `pixels` each way at random, around the edges (arXiv 2006.10738).
+    """Move images by up to `pixels` each way at random, around the edges (arXiv 2006.10738).
 
     The discriminator cannot learn the training images by heart so soon: FID 4.2 instead of 12.2.
+    Each eighth of the batch moves its own way; moved as one, FID rises again late in a run.
     """
     if not pixels:
         return images
-    return tf.roll(images, random.uniform((2,), -pixels, pixels + 1, dtype=tf.int32), (1, 2))
+    groups = tf.split(images, math.gcd(images.shape[0], 8))
+    ways = random.uniform((len(groups), 2), -pixels, pixels + 1, dtype=tf.int32)
+    moved = [tf.roll(group, ways[number], (1, 2)) for number, group in enumerate(groups)]
+    return tf.concat(moved, axis=0)
 
 
 def update_average(state, decay):
