@@ -399,11 +399,7 @@ def print_head(parts):
         accuracy, *fids = worker("judge")
         print(f"judge   reads {accuracy:.2%} of the test images right")
         print("        FID of test images {:.3f}, blurred {:.2f}, noise {:.0f}".format(*fids))
-        print(
-            "        (scaled: the test images have {:.3f} by this judge's own units)\n".format(
-                fids[3]
-            )
-        )
+        print(f"        (scaled: the test images have {fids[3]:.3f} by this judge's own units)\n")
         print("part    run           wall s    GB      FID   shares % read %  goal", flush=True)
 
 
