@@ -1006,7 +1006,19 @@ def save_keras(model, path):
     logger.setLevel(logging.ERROR)  # or Keras says at each save that .h5 is the older format
     with replacing(path) as temporary:
         model.save(temporary)
+        with h5py.File(temporary, "r+") as file:
+            file.attrs["model_config"] = _portable(file.attrs["model_config"])
     logger.setLevel(level)
+
+
+def _portable(model_config):
+    """Drop how weights were initialised and constrained: older versions of Keras choke on it."""
+    config = json.loads(model_config)
+    for layer in config["config"]["layers"]:
+        for name in list(layer["config"]):
+            if re.search("initializer|regularizer|constraint|quantization|renorm", name):
+                del layer["config"][name]
+    return json.dumps(config)
 
 
 def load_keras(path):
@@ -1232,9 +1244,9 @@ def _train_epoch(run):
     epoch, first = divmod(int(state.step.numpy()), run.steps_per_epoch)
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
-    columns = ["images/s", "D loss", "G loss"]
+    columns = ["images/s", "loss D", "G"]
     verbose = sys.stdout.isatty()
-    bar = keras.utils.Progbar(run.steps_per_epoch, 12, verbose, stateful_metrics=columns)
+    bar = keras.utils.Progbar(run.steps_per_epoch, 5, verbose, stateful_metrics=columns)
     while True:
         last = min(first + STEPS_PER_CALL, run.steps_per_epoch)
         pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
