@@ -1166,7 +1166,8 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
         while not is_over and not stop.is_set():
             _train_epoch(run)
             is_over = run.progress() == 1
-            if not stop.is_set():
+            is_whole = int(run.state.step.numpy()) % run.steps_per_epoch == 0
+            if is_whole or is_over:  # also after Ctrl-C: no row of the metrics gets lost
                 _finish_epoch(run, is_over)
         _finish(run)
     return run.state.average

@@ -1,6 +1,7 @@
 """Stopping and going on: Ctrl-C, --resume, --max-minutes; and that a seed decides everything."""
 
 import contextlib
+import csv
 import itertools
 import os
 import pty
@@ -9,8 +10,20 @@ import shlex
 import signal
 import subprocess
 
-from conftest import assert_same_weights, command, environment, files_in, rows, run, untimed
+import pytest
+from conftest import (
+    assert_same_weights,
+    command,
+    environment,
+    files_in,
+    rows,
+    run,
+    synthetic_digits,
+    untimed,
+)
 from PIL import Image
+
+import gan_mnist
 
 
 def interrupt_in_second_epoch(flags, folder):
@@ -72,3 +85,39 @@ def test_a_run_of_so_many_minutes_ends_with_everything_saved(plain_runs):
     assert {last, "metrics.png", "training.gif"} <= set(files_in(folder / "samples"))
     made = files_in(folder / "checkpoints")
     assert {"generator_latest.h5", "generator_best.h5", "state"} <= set(made)
+
+
+@pytest.mark.parametrize("stopped_epoch", [1, 2])
+def test_ctrl_c_in_the_last_call_of_an_epoch_loses_no_row(tmp_path, monkeypatch, stopped_epoch):
+    images = synthetic_digits(200)[0]
+
+    def train(name, **changes):
+        folders = {"samples_dir": str(tmp_path / name), "checkpoints_dir": str(tmp_path / name)}
+        small = {"generator_widths": (8,), "discriminator_widths": (8,), "evaluation_images": 100}
+        settings = gan_mnist.Settings(epochs=2, batch_size=20, **small, **folders)
+        gan_mnist.train(images, settings=settings, **changes)
+
+    def losses(name):
+        with open(tmp_path / name / "metrics.csv", newline="") as file:
+            return [(row["step"], row["discriminator_loss"]) for row in csv.DictReader(file)]
+
+    train("whole")
+    compile_training, calls = gan_mnist.compile_training, []
+
+    def stopping(*arguments):  # ten steps an epoch: one call
+        steps = compile_training(*arguments)
+
+        def call(*epoch):
+            steps(*epoch)
+            calls.append(epoch)
+            if len(calls) == stopped_epoch:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return call
+
+    monkeypatch.setattr(gan_mnist, "compile_training", stopping)
+    with pytest.raises(gan_mnist.Interrupted):
+        train("stopped")
+    train("stopped", resume=True)
+    assert len(losses("whole")) == 2
+    assert losses("stopped") == losses("whole")
