@@ -327,7 +327,7 @@ def an_npz_with_a_path(folder):
 
 
 def an_npz_with_a_text(folder):
-    return an_npz(folder, zip_bytes(**{"images": "hello"}))
+    return an_npz(folder, zip_bytes(images="hello"))
 
 
 def nothing(folder):
