@@ -1132,7 +1132,7 @@ def save_metrics_plot(path, history, title):
         epochs = [row["epoch"] for row in rows]
         for name in names:
             values = np.array([row[name] for row in rows])
-            labels = range(10) if name == "class_shares" else name.replace("_", " ")
+            labels = range(values.shape[1]) if name == "class_shares" else name.replace("_", " ")
             axes.plot(epochs, values, marker="." if len(rows) < 30 else "", label=labels)
         axes.set(title=heading, xlabel="epoch", yscale="log" if names == ["fid"] else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -1145,16 +1145,17 @@ def save_metrics_plot(path, history, title):
 def latent_walk(generator, walks, seed, frames=120, stops=6):
     """Return latent points float32 (frames, walks, LATENT_DIM) of smooth round trips.
 
-    Along great circles between `stops` points (spherical interpolation, arXiv 1609.04468).
+    Along great circles between `stops` points each (spherical interpolation, arXiv 1609.04468).
     """
     points = latent_points(generator, stops * walks, seed).reshape(stops, walks, -1)
-    share, leg = np.modf(np.arange(frames, dtype=np.float32) * stops / frames)
-    start, end = (np.roll(points, -next, axis=0)[leg.astype(int)] for next in (0, 1))
-    lengths = np.linalg.norm(start, axis=2) * np.linalg.norm(end, axis=2)
-    cosine = np.clip((start * end).sum(axis=2) / lengths, -0.999, 0.999)
-    angle, share = np.arccos(cosine)[..., np.newaxis], share[:, np.newaxis, np.newaxis]
-    path = np.sin((1 - share) * angle) * start + np.sin(share * angle) * end
-    return path / np.sin(angle)
+    lengths = np.linalg.norm(points, axis=2, keepdims=True)
+    leg, share = np.divmod(np.arange(frames) * stops, frames)
+    share = (share / frames).astype(np.float32)[:, np.newaxis, np.newaxis]
+    after = (leg + 1) % stops
+    (start, end), (near, far) = ((x[leg], x[after]) for x in (points / lengths, lengths))
+    angle = np.arccos(np.clip((start * end).sum(axis=2, keepdims=True), -0.999, 0.999))
+    way = (np.sin((1 - share) * angle) * start + np.sin(share * angle) * end) / np.sin(angle)
+    return way * ((1 - share) * near + share * far)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -377,3 +377,145 @@ def test_training_refuses_too_few_images_and_a_gap_in_the_classes(tmp_path, monk
     with pytest.raises(gan_mnist.UsageError, match="class 1 of 0 to 4"):
         gan_mnist.train(dataset, settings=gan_mnist.Settings(batch_size=20))
     assert not any(tmp_path.iterdir())
+
+
+# ----- What is done with data of other shapes
+
+
+def flat_ruler(settings, dataset):
+    """A ruler that sees 4 pixels: the real ones fit MNIST's shape, or are trained on first use."""
+
+    def outputs(batches):
+        pixels = batches.reshape(*batches.shape[:2], -1)[..., ::16][..., :4] / 255
+        return gan_mnist.tf.constant(pixels), gan_mnist.tf.nn.softmax(pixels)
+
+    features, _ = gan_mnist.measure(outputs, dataset.images)
+    return gan_mnist.Ruler("flat", outputs, *gan_mnist.feature_statistics(features))
+
+
+@pytest.fixture(scope="module")
+def coloured_run(tmp_path_factory):
+    """The folder of a run on 60 coloured images of 3 classes, and the generator it returned."""
+    folder = tmp_path_factory.mktemp("coloured")
+    images = write_pictures(folder / "mine" / "0", COLOURED[TIMES == 0]).parent
+    for label in (1, 2):
+        write_pictures(images / str(label), COLOURED[TIMES == label])
+    settings = gan_mnist.Settings(
+        samples_dir=str(folder / "samples"),
+        checkpoints_dir=str(folder / "checkpoints"),
+        dataset=str(images),
+        epochs=2,
+        batch_size=20,
+        evaluation_images=100,
+        latent_dim=2,
+        generator_widths=(8,),
+        discriminator_widths=(8,),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan_mnist, "load_ruler", flat_ruler)
+        return folder, gan_mnist.train(settings=settings)
+
+
+def test_a_run_on_coloured_pictures_leaves_its_files(coloured_run):
+    folder, generator = coloured_run
+    assert generator.output_shape == (None, 8, 8, 3)
+    with Image.open(folder / "samples" / "image_at_epoch_0002.png") as grid:
+        assert grid.mode == "RGB" and grid.size == (10 * 64, 3 * 64 + 36)  # a row a class
+    with Image.open(folder / "samples" / "training.gif") as animation:
+        assert animation.size == (640, 228) and animation.n_frames == 2
+    for name in ("best", "latest"):
+        loaded = gan_mnist.load_generator(folder / "checkpoints" / f"generator_{name}.h5")
+        assert gan_mnist.generate(loaded, 4, "201", seed=0).shape == (12, 8, 8, 3)
+
+
+def test_plain_arrays_are_trained_on_without_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gan_mnist, "load_ruler", flat_ruler)
+    settings = gan_mnist.Settings(batch_size=20, evaluation_images=100, image_size=12)
+    generator = gan_mnist.train(GREY, 1, settings)
+    assert generator.output_shape == (None, 12, 12, 1) and len(generator.inputs) == 1
+    assert "without classes" in capsys.readouterr().out
+    with Image.open("samples/image_at_epoch_0001.png") as grid:
+        assert grid.mode == "L" and grid.size == (600, 636)
+
+
+@pytest.mark.parametrize("digits", [None, "21"])
+def test_coloured_images_are_drawn_in_all_four_forms(digits, coloured_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best = str(coloured_run[0] / "checkpoints" / "generator_best.h5")
+    flags = ["--checkpoint", best, "--count", "18", *(["--digits", digits] if digits else [])]
+    for output in ("x.png", "x.npz", "x.gif", "x"):
+        assert gan_mnist.main(["generate", *flags, "--output", output]) == 0
+    with np.load("x.npz") as arrays:
+        images, labels = arrays["images"], arrays["labels"]
+    assert labels.tolist() == ([2, 1] * 18 if digits else [0, 1, 2] * 6)
+    columns = 2 if digits else 9
+    grid = np.asarray(Image.open("x.png"))[::8, ::8]
+    tiles = grid.reshape(-1, 8, columns, 8, 3).swapaxes(1, 2).reshape(-1, 8, 8, 3)
+    assert np.array_equal(tiles, images)
+    for number, path in enumerate(sorted((tmp_path / "x").iterdir())):
+        assert np.array_equal(np.asarray(Image.open(path)), images[number])
+        assert path.name.endswith(f"_class_{labels[number]}.png")
+    with Image.open("x.gif") as walk:
+        assert walk.n_frames > 100 and walk.size == (64 * columns, 64)
+    assert np.array_equal(gan_mnist.load_path("x.npz").images, images)
+    assert np.array_equal(gan_mnist.load_path("x").images, images)
+
+
+def test_a_walk_turns_round_the_origin_and_never_jumps(tiny_generator):
+    walk = gan_mnist.latent_walk(tiny_generator, 5, seed=3)
+    steps = np.linalg.norm(walk - np.roll(walk, 1, axis=0), axis=2)
+    lengths = np.linalg.norm(walk, axis=2)
+    corners = lengths[::20]
+    assert walk.shape == (120, 5, 8) and walk.dtype == np.float32
+    assert steps.max() < 4 * lengths.max() / 20  # no more than half a turn in twenty frames
+    assert lengths.min() > 0.99 * corners.min() and lengths.max() < 1.01 * corners.max()
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns", "rows"),
+    [(0, 10, 10), (1, 10, 1), (3, 10, 3), (26, 10, 26), (62, 16, 16), (256, 16, 16)],
+)
+def test_a_grid_has_a_row_a_class_and_stays_bearable(classes, columns, rows):
+    settings = gan_mnist.Settings(conditional=classes > 0, latent_dim=2, generator_widths=(2,))
+    generator = gan_mnist.build_generator(settings, (4, 4, 1), classes)
+    drawn = []
+    draw = lambda _, latent, labels: drawn.append(labels) or np.zeros((len(labels), 4, 4, 1), "u1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan_mnist, "draw", draw)
+        images, wide = gan_mnist.draw_grid(generator, 0)
+    assert wide == columns and -(-len(images) // wide) == rows
+    if classes > 1:
+        (labels,) = drawn
+        assert np.array_equal(np.unique(labels), np.arange(classes))
+
+
+@pytest.mark.parametrize("shape", [(5, 28, 28, 1), (7, 32, 32, 3), (1, 100, 100, 3), (4, 4, 4, 1)])
+def test_a_mosaic_holds_every_image_in_its_place(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    picture = gan_mnist.mosaic(images, 3)
+    scale = picture.shape[1] // (3 * shape[2])
+    assert 48 <= scale * shape[1] or scale == 1
+    cells = picture[::scale, ::scale].reshape(-1, shape[1], 3, *shape[2:]).swapaxes(1, 2)
+    cells = cells.reshape(-1, *shape[1:])
+    assert np.array_equal(cells[: shape[0]], images) and not cells[shape[0] :].any()
+
+
+def test_a_gif_shows_colours_as_they_are(tmp_path):
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)
+    frames = [np.stack([np.tile(np.roll(ramp, n), (64, 1))] * 3, -1) for n in range(0, 40, 4)]
+    for frame in frames:
+        frame[..., 1] //= 2
+    gan_mnist.save_animation(tmp_path / "x.gif", map(Image.fromarray, frames), 20)
+    with Image.open(tmp_path / "x.gif") as animation:
+        assert animation.n_frames == len(frames) and animation.info["duration"] == 50
+        for number, frame in enumerate(frames):
+            animation.seek(number)
+            shown = np.asarray(animation.convert("RGB"), int)
+            assert np.abs(shown - frame).mean() < 4
+
+
+def test_a_grid_too_large_for_any_screen_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert gan_mnist.main(["generate", "--count", "10001"]) == 2
+    assert ".npz" in capsys.readouterr().err and not any(tmp_path.iterdir())
