@@ -65,14 +65,13 @@ import io
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import shlex
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -80,7 +79,6 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,9 +96,8 @@ class _ImportedOnFirstUse:
 
 
 h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
-Image, ImageDraw, ImageFont, ImageOps = (
-    _ImportedOnFirstUse(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont", "ImageOps")
-)
+PILLOW = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps")
+Image, ImageDraw, ImageFont, ImageOps = map(_ImportedOnFirstUse, PILLOW)
 
 
 class UsageError(ValueError):
@@ -222,7 +219,7 @@ def replacing(path):
 def download(url, path):
     """Write what `url` serves to `path`. Raises OSError, also for silence, a stall or too much."""
     # A host can have many addresses, each with a time limit of its own: hence the thread.
-    pool = ThreadPool(1)
+    pool = multiprocessing.pool.ThreadPool(1)
     answer = pool.apply_async(urllib.request.urlopen, (url,), {"timeout": STALL_SECONDS})
     pool.close()
     try:
@@ -286,7 +283,8 @@ def _load_mnist_or_stand_in(settings):
         "MNIST is neither in the Keras cache nor to be had from a mirror. Going on with\n"
         "a stand-in: 60,000 digits drawn by the shipped generator. THIS IS NOT MNIST.\n"
     )
-    images, labels = draw_random(load_generator(SHIPPED_GENERATOR), 60_000, seed=0)
+    generator = load_generator(SHIPPED_GENERATOR)
+    images, labels = generate(generator, 60_000, seed=0), classes_to_draw(generator, 60_000)
     return as_dataset(images, labels, "stand-in", settings=settings)
 
 
@@ -384,14 +382,16 @@ def _load_idx(sets):
 
     unseen = name.replace("train", "test" if name.startswith("emnist") else "t10k")
     labels = read(name.replace("images", "labels").replace("idx3", "idx1"))
+    if labels is not None and "emnist-letters" in name:
+        labels = labels - 1  # A is number 1 there
     return _read_idx(sets[0]), labels, read(unseen) if unseen != name else None
 
 
 def _read_idx(path):
     opener = gzip.open if path.suffix == ".gz" else open
     with _reading(path, "IDX file"), opener(path, "rb") as file:
-        kind, dimensions = struct.unpack(">3sB", file.read(4))
-        shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+        kind, dimensions = file.read(3), file.read(1)[0]
+        shape = np.frombuffer(file.read(4 * dimensions), ">u4").tolist()
         if kind != b"\0\0\x08":
             raise UsageError("it does not begin as unsigned bytes do")
         _bound(math.prod(shape), f"{shape}", 1032 * path.stat().st_size)  # gzip's best
@@ -408,7 +408,7 @@ def _load_pictures(folder, settings):
             raise UsageError(f"{place} holds no picture: {' '.join(sorted(PICTURES))}")
         paths += found
         labels += [label] * len(found)
-    with warnings.catch_warnings(), ThreadPool() as pool:
+    with warnings.catch_warnings(), multiprocessing.pool.ThreadPool() as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # at 90 million pixels
         shape = _read_picture(paths[0], settings).shape
@@ -1049,19 +1049,14 @@ def classes_to_draw(generator, count, digits=None):
     return labels.astype(np.uint8)
 
 
-def draw_random(generator, count, digits=None, seed=None):
-    """Return images as `generate` does, and their classes uint8 (N,)."""
-    labels = classes_to_draw(generator, count, digits)
-    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
-    return draw(generator, latent_points(generator, len(labels), seed), labels), labels
-
-
 def generate(generator, count, digits=None, seed=None):
     """Return uint8 images (N, H, W, C): `count`, its classes in turn, or `count` rows of `digits`.
 
     Without a seed each call draws others. Raises UsageError for digits the generator can't draw.
     """
-    return draw_random(generator, count, digits, seed)[0]
+    labels = classes_to_draw(generator, count, digits)
+    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    return draw(generator, latent_points(generator, len(labels), seed), labels)
 
 
 def draw_grid(generator, seed):
@@ -1220,7 +1215,8 @@ def load_generator(path=None, settings=Settings()):
     path = path or default_generator(settings)
     model = load_keras(path)
     ranks = [len(tensor.shape) for tensor in model.inputs]
-    if ranks not in ([2], [2, 1]) or len(model.outputs) != 1 or len(model.outputs[0].shape) != 4:
+    shapes = str([tuple(tensor.shape) for tensor in model.outputs])
+    if ranks not in ([2], [2, 1]) or not re.fullmatch(r"\[\(None(, \d+){2}, [13]\)\]", shapes):
         raise UsageError(f"{path} is not a generator: latent (and class) in, images out")
     return model
 
@@ -1309,7 +1305,7 @@ class Run(NamedTuple):
 
     def samples(self, count):
         """Return images (count, H, W, C), their classes in turn, from the same points always."""
-        return draw_random(self.state.average, count, seed=self.settings.seed)[0]
+        return generate(self.state.average, count, seed=self.settings.seed)
 
 
 def train(dataset=None, epochs=None, settings=Settings(), resume=False):
