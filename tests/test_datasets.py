@@ -157,8 +157,9 @@ def test_arrays_are_cut_to_the_middle_square(tmp_path):
     wide = np.zeros((3, 10, 30), np.uint8)
     wide[:, :, 10:20] = 200
     np.savez(tmp_path / "wide.npz", images=wide)
-    images = load(tmp_path / "wide.npz", image_size=5).images
+    images, _, name, _ = load(tmp_path / "wide.npz", image_size=5)
     assert images.shape == (3, 5, 5, 1) and images.min() > 170
+    assert name == "wide.npz 5x5x1"
 
 
 # ----- From Keras
