@@ -62,7 +62,6 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import http.client
 import importlib
 import io
 import json
@@ -79,7 +78,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
@@ -187,9 +185,7 @@ MNIST_DIGESTS = {  # SHA-256 of each array's bytes: a re-compressed copy is as g
     "x_test": "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
     "y_test": "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
 }
-CONNECT_SECONDS = 9  # until a mirror answers
-STALL_SECONDS = 9  # without a byte
-LARGEST_DOWNLOAD = 100 * 2**20  # bytes
+STALL_SECONDS = 9  # without an answer or a byte
 LARGEST_DATASET = 4 * 2**30  # bytes, unpacked
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm"}
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM")  # EPS would run a program
@@ -219,25 +215,19 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def download(url, path):
-    """Write what `url` serves to `path`. Raises OSError, also for silence, a stall or too much."""
-    # A host can have many addresses, and each a time limit of its own: hence the thread.
-    pool = multiprocessing.pool.ThreadPool(1)
-    answer = pool.apply_async(urllib.request.urlopen, (url,), {"timeout": STALL_SECONDS})
-    pool.close()
+@contextlib.contextmanager
+def downloading():
+    """Give Keras' downloader a time limit, no progress bar in a log file, and one kind of error."""
+    limit, shown = socket.getdefaulttimeout(), sys.stdout if sys.stdout.isatty() else io.StringIO()
+    socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        with answer.get(CONNECT_SECONDS) as response, open(path, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            bar = keras.utils.Progbar(size, unit_name="byte", verbose=sys.stdout.isatty())
-            while chunk := response.read(2**16):
-                file.write(chunk)
-                bar.update(file.tell())
-                if file.tell() > LARGEST_DOWNLOAD:
-                    raise OSError(f"more than {LARGEST_DOWNLOAD:,} bytes")
-            if size and file.tell() != size:
-                raise OSError(f"broke off after {file.tell():,} of {size:,} bytes")
-    except (multiprocessing.TimeoutError, http.client.HTTPException, ValueError) as error:
-        raise OSError(f"no answer that makes sense: {error!r}") from None
+        with contextlib.redirect_stdout(shown):
+            yield
+    except Exception as error:  # noqa: BLE001 (Keras raises bare ones)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"no download: {reason}") from None
+    finally:
+        socket.setdefaulttimeout(limit)
 
 
 def cached_download(path, urls, read):
@@ -253,7 +243,9 @@ def cached_download(path, urls, read):
     for url in urls:
         try:
             with replacing(path) as partial:
-                download(url, partial)
+                with downloading():
+                    place = {"cache_dir": path.parent, "cache_subdir": ""}
+                    keras.utils.get_file(partial.name, url, **place)
                 return read(partial)
         except (OSError, UsageError) as error:
             print(f"{url}: {error}")
@@ -302,19 +294,14 @@ def _load_mnist_or_stand_in(settings):
 
 
 def _load_from_keras(settings):
-    name, limit = settings.dataset, socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALL_SECONDS)
+    name = settings.dataset
     print(f"{name}: from Keras, which downloads it once.", flush=True)
-    try:
-        # Silent, as Keras' progress bar would fill a log file. CIFAR-10 comes as pickles, but
-        # out of an archive whose SHA-256 Keras checks each time.
-        with contextlib.redirect_stdout(io.StringIO()):
+    try:  # CIFAR-10 comes as pickles, but out of an archive whose SHA-256 Keras checks each time
+        with downloading():
             (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
-    except Exception as error:  # noqa: BLE001 (that is what Keras raises)
-        remedy = f"if a download broke off, delete {keras_home() / 'datasets' / name[:5]}*"
+    except OSError as error:
+        remedy = f"if it broke off, delete {keras_home() / 'datasets' / name[:5]}*"
         raise RunError(f"Keras has no {name} to give: {error}; {remedy}") from None
-    finally:
-        socket.setdefaulttimeout(limit)
     return as_dataset(images, labels.ravel(), name, test_images, settings)
 
 
