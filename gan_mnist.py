@@ -69,7 +69,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -1009,8 +1008,9 @@ SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
 HARMLESS = re.compile(  # what a file may be made of: none of these runs code from the file
     "InputLayer|Dense|BatchNormalization|ReLU|LeakyReLU|Activation|Reshape|Flatten|Concatenate|"
     "CategoryEncoding|Embedding|Dropout|Conv2D|Conv2DTranspose|UpSampling2D|MaxPooling2D|"
-    "AveragePooling2D|GlobalAveragePooling2D|DTypePolicy|__keras_tensor__|Zeros|Ones|Constant|"
-    "VarianceScaling|Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)"
+    "AveragePooling2D|GlobalAveragePooling2D|DTypePolicy|Zeros|Ones|Constant|VarianceScaling|"
+    "Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)|__keras_tensor__|"
+    r"null|keras|keras\.layers|keras\.initializers"
 )
 LARGEST_OUTPUT = 2**24  # numbers that a layer of a loaded model may give for one image
 MAY_CHANGE = re.compile(  # from one session of a run to the next
@@ -1046,52 +1046,33 @@ def load_keras(path):
     if not Path(path).is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     try:
-        refused = sorted(set(_strange_parts(path)))
-        if not refused:
-            with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
-                model = keras.models.load_model(path, compile=False, safe_mode=True)
-            sizes = [math.prod(x.output.shape[1:]) for x in model.layers]
-            refused = ["layers that are too large"] if max(sizes) > LARGEST_OUTPUT else []
-        if not refused:
-            return keras.models.load_model(path, compile=False, safe_mode=True)
+        _refuse_strange_parts(path)
+        with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
+            layers = keras.models.load_model(path, compile=False, safe_mode=True).layers
+        if max(math.prod(layer.output.shape[1:]) for layer in layers) > LARGEST_OUTPUT:
+            raise ValueError("a layer gives too many numbers")
+        return keras.models.load_model(path, compile=False, safe_mode=True)
     except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} is not a Keras model that can be read: {reason}") from None
-    raise UsageError(f"{path} holds what is not let in: {', '.join(refused)}")
+        raise UsageError(f"{path} is not a Keras model that can be let in: {reason}") from None
 
 
-def _strange_parts(path):
-    """Return what in an .h5 reaches outside of it, claims more than it holds or may run code."""
-    strange, size = [], Path(path).stat().st_size
+def _refuse_strange_parts(path):
+    """Refuse what reaches out of an .h5, claims more than the file holds or might run code."""
+    size, strange = Path(path).stat().st_size, []
+
+    def look(name, link):
+        part = file[name] if isinstance(link, h5py.HardLink) else link
+        reaches_out = part is link or getattr(part, "external", 0) or getattr(part, "is_virtual", 0)
+        if reaches_out or getattr(part, "nbytes", 0) > size:
+            strange.append(name)
+
     with h5py.File(path) as file:
-
-        def look(name, link):
-            item = file[name] if isinstance(link, h5py.HardLink) else None
-            if (
-                item is None
-                or isinstance(item, h5py.Dataset)
-                and (item.nbytes > size or item.external or item.is_virtual)
-            ):
-                strange.append(name)
-
         file.visititems_links(look)
-        layers = json.loads(file.attrs["model_config"])["config"]["layers"]
-    return strange + list(_strange_classes(layers))
-
-
-def _strange_classes(config):
-    if isinstance(config, list):
-        for part in config:
-            yield from _strange_classes(part)
-    elif isinstance(config, dict):
-        name, module = config.get("class_name"), config.get("module", "keras.layers")
-        if name is not None and not HARMLESS.fullmatch(str(name)):
-            yield str(name)
-        if module not in ("keras", "keras.layers", "keras.initializers"):
-            yield str(module)
-        if config.get("registered_name") not in (None, name):
-            yield str(config["registered_name"])
-        yield from _strange_classes(list(config.values()))
+        layers = json.dumps(json.loads(file.attrs["model_config"])["config"]["layers"])
+    named = re.findall('"(?:class_name|module|registered_name)": "?([^",}]*)', layers)
+    if strange := strange + [name for name in named if not HARMLESS.fullmatch(name)]:
+        raise ValueError(f"it holds {', '.join(map(repr, sorted(set(strange))))}")
 
 
 def load_generator(path=None, settings=Settings()):
@@ -1117,13 +1098,16 @@ def default_generator(settings):
 def alone_in(folder):
     """Hold folder/lock, which the system frees when the process dies, however it dies.
 
-    Raises UsageError where another process holds it.
+    Raises UsageError where another process holds it. Windows has no such locks in Python.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
         try:
-            _lock(file)
-            # The holder before may have removed the file between our opening and locking it.
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file between our opening and locking it.
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
                 raise FileNotFoundError
         except OSError:
@@ -1134,51 +1118,33 @@ def alone_in(folder):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps files that are open
+            with contextlib.suppress(OSError):  # it may be gone; Windows keeps open files
                 os.unlink(file.name)
-
-
-def _lock(file):
-    try:
-        import fcntl
-    except ImportError:  # Windows, whose locks hide what they cover: leave the number readable
-        import msvcrt
-
-        file.seek(2**20)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def start_afresh(settings):
     """Make room for a new run: what an earlier one left moves to checkpoints/previous/."""
     checkpoints, samples = Path(settings.checkpoints_dir), Path(settings.samples_dir)
-    left = {
-        checkpoints: ("state", "generator_*.h5"),
-        samples: ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard/*"),
-    }
-    old = [
-        (path, path.relative_to(folder))
-        for folder, patterns in left.items()
-        for pattern in patterns
-        for path in folder.glob(pattern)
-    ]
     previous = checkpoints / "previous"
     moving = checkpoints / ".previous"  # killed halfway, the next start moves the rest
+    left = [(checkpoints, name) for name in ("state", "generator_*.h5")]
+    left += [(samples, name) for name in ("image_at_epoch_*.png", "metrics.*", "training.gif")]
+    left += [(samples, "tensorboard/*")]
+    old = [(x, moving / x.relative_to(folder)) for folder, name in left for x in folder.glob(name)]
     if not old and not moving.exists():
         return
     with alone_in(previous):
-        for path, name in old:
-            (moving / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, moving / name)
+        for path, new in old:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, new)
     shutil.rmtree(previous)
     os.replace(moving, previous)
-    print(f"The earlier run's files are in {previous} now", end="")
+    print(f"The earlier run's files are in {previous} now.")
     if path := newest_state(previous / "state"):
         settings = json.loads((path / "run.json").read_text("utf-8"))["settings"]
         folders = {"checkpoints_dir": str(previous), "samples_dir": str(previous)}
-        print("; to go on with it:\n ", resuming_line(settings | folders), end="")
-    print("\n")
+        print("To go on with it:\n ", resuming_line(settings | folders))
+    print()
 
 
 def resuming_line(settings):
@@ -1227,13 +1193,10 @@ def _checksums(folder):
 def newest_state(folder):
     """Return the newest sound state's folder or None; print a line for each that is damaged."""
     for path in sorted(folder.glob("step_*"), reverse=True):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # a file is missing or no text
             if (path / "SHA256SUMS").read_text("utf-8") == _checksums(path):
                 return path
-            reason = "its checksums do not fit"
-        except (OSError, ValueError) as error:
-            reason = str(error)
-        print(f"{path} is damaged: {reason}.")
+        print(f"{path} is damaged: its checksums do not fit.")
     return None
 
 
@@ -1268,10 +1231,9 @@ def restore_state(state, folder, facts):
 
 STEPS_PER_CALL = 26  # in one compiled call; between calls come the progress bar and Ctrl-C
 PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
-MEASURED = ("inception_score", "inception_score_std", "fid", "classes_covered")
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
-    *(*MEASURED, "dataset", "inception"),
+    *("inception_score", "inception_score_std", "fid", "classes_covered", "dataset", "inception"),
 )
 
 
@@ -1437,7 +1399,7 @@ def _train_epoch(run):
         start = time.monotonic()
         run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
         losses = state.losses.numpy() / last
-        _refuse_bad_numbers(run, losses)
+        _refuse_bad_numbers(run, [losses])
         seconds = time.monotonic() - start
         state.seconds.assign([state.seconds.numpy()[0] + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
@@ -1447,21 +1409,14 @@ def _train_epoch(run):
         first = last
 
 
-def _refuse_bad_numbers(run, *values):
-    if not all(np.isfinite(value).all() for value in values):
-        advice = "try lower learning rates; --resume goes on from the last good state"
+def _refuse_bad_numbers(run, arrays):
+    if not all(np.isfinite(array).all() for array in arrays):
+        advice = "try lower learning rates; the last good state and .h5 files are kept"
         raise RunError(f"losses or weights are not finite after step {run.step()}: {advice}")
 
 
-def _weights(state):
-    parts = (state.generator, state.discriminator, state.average)
-    parts += (state.generator_optimizer, state.discriminator_optimizer)
-    return [variable.numpy() for part in parts for variable in part.variables]
-
-
 def _finish_epoch(run, is_over):
-    """Measure, report, save and picture the epoch that was just trained."""
-    _refuse_bad_numbers(run, *_weights(run.state))
+    """Measure, save, report and picture the epoch that was just trained."""
     settings, row = run.settings, _training_row(run)
     epoch = row["epoch"]
     if epoch % settings.evaluate_every == 0 or is_over:
@@ -1469,28 +1424,28 @@ def _finish_epoch(run, is_over):
     row["collapsed"] = _has_collapsed(row, _best(run.history))
     row["drawn"] = epoch % settings.sample_every == 0 or is_over
     run.history[:] = [old for old in run.history if old["epoch"] < epoch] + [row]
-    _print_row(row)
     run.state.losses.assign([0.0, 0.0])
     run.state.seconds.assign([0.0, time.monotonic() - run.started])
     _insist(run, _save_state)  # first: all else can be made again from it
+    _print_row(row)
     _insist(run, _write_epoch)
 
 
 def _training_row(run):
-    seconds, step = float(run.state.seconds.numpy()[0]), run.step()
+    step, seconds = run.step(), float(run.state.seconds.numpy()[0])
     epoch, steps = divmod(step - 1, run.steps_per_epoch)
+    row = dict.fromkeys(COLUMNS)
+    row |= {"epoch": epoch + 1, "step": step, "seconds": round(seconds, 3)}
+    row["images_per_second"] = round((steps + 1) * run.settings.batch_size / seconds)
     losses = map(float, run.state.losses.numpy() / (steps + 1))
-    speed = round((steps + 1) * run.settings.batch_size / seconds)
-    values = (epoch + 1, step, round(seconds, 3), speed, *losses, *[None] * len(MEASURED))
-    return dict(zip(COLUMNS, (*values, run.dataset.name, run.ruler.name), strict=True))
+    row["discriminator_loss"], row["generator_loss"] = losses
+    return row | {"dataset": run.dataset.name, "inception": run.ruler.name}
 
 
 def _has_collapsed(row, best):
-    few = row["classes_covered"] is not None and 2 * row["classes_covered"] < len(
-        row["class_shares"]
-    )
-    far = row["fid"] is not None and best is not None and row["fid"] > 10 * best["fid"]
-    return few or far
+    covered, fid = row["classes_covered"], row["fid"]
+    few = covered is not None and 2 * covered < len(row["class_shares"])
+    return few or bool(best and fid is not None and fid > 10 * best["fid"])
 
 
 def _best(history):
@@ -1515,7 +1470,7 @@ def _insist(run, write):
         try:
             return write(run)
         except (OSError, tf.errors.OpError) as error:
-            reason = re.sub(r".*; | \[Op:.*", "", str(error).splitlines()[0])
+            reason = re.sub(r".*; |\[Errno \d+\] | \[Op:.*", "", str(error).splitlines()[0])
             if run.stop.wait(0.5) or time.monotonic() > deadline:
                 kept = "the last good state is kept, for --resume"
                 raise RunError(f"cannot write: {reason}; {kept}") from None
@@ -1524,8 +1479,12 @@ def _insist(run, write):
 
 
 def _save_state(run):
+    state = run.state
+    parts = (state.generator, state.discriminator, state.average)
+    parts += (state.generator_optimizer, state.discriminator_optimizer)
+    _refuse_bad_numbers(run, [x.numpy() for part in parts for x in part.variables])
     facts = {"settings": dataclasses.asdict(run.settings), "data": run.data, "history": run.history}
-    save_state(run.state, Path(run.settings.checkpoints_dir, "state"), facts)
+    save_state(state, Path(run.settings.checkpoints_dir, "state"), facts)
 
 
 def _write_epoch(run):
@@ -1578,15 +1537,11 @@ def _title(run, row):
 def _finish(run):
     """Draw what a whole run leaves and say where it is."""
     if run.stop.is_set():
-        _refuse_bad_numbers(run, *_weights(run.state))
         _insist(run, _save_state)
     _insist(run, _draw_curves)
-    collapsed = [str(row["epoch"]) for row in run.history if row["collapsed"]]
-    if collapsed:
-        print(
-            f"\nCollapsed in epoch {', '.join(collapsed)}: few classes, or an FID far from the best."
-        )
-        print("Larger R1 and R2 or lower learning rates help.")
+    if collapsed := [str(row["epoch"]) for row in run.history if row["collapsed"]]:
+        print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
+        print("Larger R1 and R2 or lower learning rates help against collapse.")
     if run.stop.is_set():
         raise Interrupted
     if best := _best(run.history):
@@ -1734,19 +1689,15 @@ def parse_command_line(arguments):
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Hold back what C++ writes to stderr before any log level counts; show it after an error."""
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            held.seek(0)
-            os.write(before, held.read())
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+    """Hide what C++ writes to stderr before any log level counts."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _start_tensorflow():
