@@ -101,6 +101,12 @@ class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1."""
 
 
+def _reason(error):
+    """Return an error's first line without what TensorFlow and Python put around it."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return re.sub(r"^{{.*?}} |\[Errno \d+\] | \[Op:.*", "", line)
+
+
 HERE = Path(__file__).resolve().parent
 _LINE = re.compile(r"^([A-Z][A-Z0-9_]*) = .+?  # (.*?) ?(?:\[(.+)\])?$", re.MULTILINE)
 _BLOCK = Path(__file__).read_text("utf-8").split("\nimport ")[0]
@@ -121,18 +127,13 @@ def _is_allowed(value, default, allowed):
     return not allowed or value in allowed.split("|")
 
 
-def _refusal(name, value):
-    default, _, allowed = SETTINGS[name]
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
-    kind = kinds.get(type(default), "whole numbers like 128,256,512, each")
-    flag = "--" + name.replace("_", "-")
-    return UsageError(f"{flag} is {value!r}, but must be {kind} {allowed}".rstrip())
-
-
 def _check_settings(settings):
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
     for name, (default, _, allowed) in SETTINGS.items():
-        if not _is_allowed(getattr(settings, name), default, allowed):
-            raise _refusal(name, getattr(settings, name))
+        value, kind = getattr(settings, name), kinds.get(type(default), "whole numbers like 1,2,3")
+        if not _is_allowed(value, default, allowed):
+            must = f"but must be {kind} {allowed}".rstrip()
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, {must}")
     if settings.dataset != "mnist" and not Path(settings.dataset).exists():
         raise UsageError(f"--dataset is {settings.dataset!r}, but must be mnist or an .npz's path")
 
@@ -147,17 +148,21 @@ Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageEr
 
 
 def parse_setting(name, text):
-    """Return the value that `text` means for the setting `name`, or the text where it means none."""
+    """Return the value that `text` means for the setting `name`; the text if it means none."""
     default, _, allowed = SETTINGS[name]
-    from_text = {
+    kinds = {
         bool: lambda text: {"true": True, "false": False}[text.lower()],
         tuple: lambda text: tuple(map(int, text.split(","))),
     }
-    try:
-        value = from_text.get(type(default), type(default))(text)
-    except (ValueError, KeyError):
-        return text
-    return value if _is_allowed(value, default, allowed) else text
+    with contextlib.suppress(ValueError, KeyError):
+        value = kinds.get(type(default), type(default))(text)
+        return value if _is_allowed(value, default, allowed) else text
+    return text
+
+
+def setting_as_text(value):
+    """Return what to type for a setting's value, which may be a tuple or list."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1053,8 +1058,7 @@ def load_keras(path):
             raise ValueError("a layer gives too many numbers")
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # noqa: BLE001 (HDF5 and Keras raise a dozen kinds)
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} is not a Keras model that can be let in: {reason}") from None
+        raise UsageError(f"{path} is no Keras model to be let in: {_reason(error)}") from None
 
 
 def _refuse_strange_parts(path):
@@ -1128,8 +1132,8 @@ def start_afresh(settings):
     previous = checkpoints / "previous"
     moving = checkpoints / ".previous"  # killed halfway, the next start moves the rest
     left = [(checkpoints, name) for name in ("state", "generator_*.h5")]
-    left += [(samples, name) for name in ("image_at_epoch_*.png", "metrics.*", "training.gif")]
-    left += [(samples, "tensorboard/*")]
+    pictures = ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard/*")
+    left += [(samples, name) for name in pictures]
     old = [(x, moving / x.relative_to(folder)) for folder, name in left for x in folder.glob(name)]
     if not old and not moving.exists():
         return
@@ -1142,18 +1146,16 @@ def start_afresh(settings):
     print(f"The earlier run's files are in {previous} now.")
     if path := newest_state(previous / "state"):
         settings = json.loads((path / "run.json").read_text("utf-8"))["settings"]
-        folders = {"checkpoints_dir": str(previous), "samples_dir": str(previous)}
-        print("To go on with it:\n ", resuming_line(settings | folders))
-    print()
+        folders = {"checkpoints_dir": previous, "samples_dir": previous}
+        print("To go on with it:\n ", resuming_line(settings | folders), "\n")
 
 
 def resuming_line(settings):
     """Return what to type to go on with a run of these settings (a dict)."""
     words = ["python", "gan_mnist.py", "train", "--resume"]
     for name, (default, *_) in SETTINGS.items():
-        value = tuple(settings[name]) if isinstance(default, tuple) else settings[name]
-        if value != default:
-            text = ",".join(map(str, value)) if isinstance(default, tuple) else str(value)
+        text = setting_as_text(settings.get(name, default))
+        if text != setting_as_text(default):
             words += ["--" + name.replace("_", "-"), text]
     return shlex.join(words)
 
@@ -1470,12 +1472,11 @@ def _insist(run, write):
         try:
             return write(run)
         except (OSError, tf.errors.OpError) as error:
-            reason = re.sub(r".*; |\[Errno \d+\] | \[Op:.*", "", str(error).splitlines()[0])
             if run.stop.wait(0.5) or time.monotonic() > deadline:
                 kept = "the last good state is kept, for --resume"
-                raise RunError(f"cannot write: {reason}; {kept}") from None
+                raise RunError(f"cannot write: {_reason(error)}; {kept}") from None
             if attempt == 0:
-                print(f"Cannot write: {reason}. Trying again for a while.", flush=True)
+                print(f"Cannot write: {_reason(error)}. Trying again for a while.", flush=True)
 
 
 def _save_state(run):
@@ -1672,8 +1673,7 @@ def parse_command_line(arguments):
         group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
     group = parser.add_argument_group("settings")
     for name, (default, words, allowed) in SETTINGS.items():
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        words = " ".join(filter(None, [words, allowed, f"[{default}]"])).replace("%", "%%")
+        words = f"{words} {allowed} [{setting_as_text(default)}]".replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=words)
     # argparse takes -1e-3 for a flag, unless it is tied to the flag before.
     tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(arguments))
@@ -1726,14 +1726,16 @@ def main(arguments=None):
     except UsageError as error:
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
-        print(f"gan_mnist.py: {error}", file=sys.stderr)
-        return 1
     except Interrupted:
         print("\nStopped; all is saved. To go on:\n ", resuming_line(dataclasses.asdict(settings)))
         return 130
     except KeyboardInterrupt:
         return 130
+    except SystemExit:  # after --help, which shall not import TensorFlow for the next line
+        raise
+    except (RunError, OSError, MemoryError, tf.errors.OpError) as error:
+        print(f"gan_mnist.py: {_reason(error)}", file=sys.stderr)
+        return 1
     return 0
 
 

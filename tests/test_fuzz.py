@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import struct
 
 import h5py
@@ -268,7 +269,7 @@ CONFIGS = {  # what is done to a sound generator's description
     "a type": put(dtype=RUNS),
     "a function": put(activation={"class_name": "function", "config": "mkdir", "module": "os"}),
     "a disguised name": put(activation={"class_name": 'Dense", "x": "', "config": {}}),
-    "too many units": put(units=10**9),
+    "too many units": put(units=2 * 10**7),
     "units beyond counting": put(units=10**30),
     "too deep": put(activation=json.loads("[" * 900 + "]" * 900)),
 }
@@ -281,9 +282,11 @@ def test_an_h5_that_would_run_code_or_take_all_memory_is_refused(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.h5"
     with_config(generator_h5, path, CONFIGS[attack])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with refusing(tmp_path), pytest.raises(gan_mnist.UsageError) as refusal:
         gan_mnist.load_keras(path)
     assert "\n" not in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200 * 1024  # KB
 
 
 def first_dataset(file):
