@@ -358,6 +358,40 @@ def test_a_disk_that_stays_full_ends_the_run_and_leaves_the_last_good_state(
     assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
 
 
+def test_pictures_that_cannot_be_written_cost_no_training(quick, tmp_path, monkeypatch):
+    save_grid = gan_mnist.save_grid
+
+    def failing(path, *others):
+        if "0002" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        save_grid(path, *others)
+
+    gan_mnist.train(DATA, settings=settings_in(tmp_path / "whole", epochs=3))
+    monkeypatch.setattr(gan_mnist, "save_grid", failing)
+    with pytest.raises(gan_mnist.RunError, match="Permission denied.*0002.png"):
+        gan_mnist.train(DATA, settings=settings_in(tmp_path / "full", epochs=3))
+    states = tmp_path / "full" / "made" / "state"
+    assert gan_mnist.newest_state(states).name == "step_000000010"
+    monkeypatch.setattr(gan_mnist, "save_grid", save_grid)
+    gan_mnist.train(DATA, settings=settings_in(tmp_path / "full", epochs=3), resume=True)
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
+
+
+FILLER = """
+import os, pathlib, keras, gan_mnist
+gan_mnist._start_tensorflow()
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(50_000)])
+for free in (0, 1, 4, 8, 12, 16, 20, 30):
+    disk = os.statvfs(".")
+    pathlib.Path("filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 4096 * free))
+    try:
+        gan_mnist.save_keras(model, "model.h5")
+    except OSError as error:
+        print(error.strerror)
+    os.remove("filler")
+"""
+
+
 def test_a_really_full_disk_ends_a_run_in_one_line(tiny_flags, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -369,6 +403,16 @@ def test_a_really_full_disk_ends_a_run_in_one_line(tiny_flags, tmp_path):
     if mounted.returncode:
         pytest.skip("only root can mount a small disk")
     try:
+        filled = subprocess.run(
+            [sys.executable, "-c", FILLER],
+            cwd=disk,
+            env=environment(PYTHONPATH=ROOT),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert filled.stdout.splitlines() == 8 * ["No space left on device"], filled
+        assert files_in(disk) == []
         code = "import sys, gan_mnist; gan_mnist.PATIENCE = 1; sys.exit(gan_mnist.main())"
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, tiny_flags), "--epochs", "50"],
