@@ -64,8 +64,8 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
-import logging
 import math
 import multiprocessing.pool
 import os
@@ -75,7 +75,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -109,6 +108,12 @@ class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1."""
 
 
+def _reason(error):
+    """Return an error's first line without what TensorFlow and Python put around it."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return re.sub(r"^{{.*?}} |\[Errno \d+\] | \[Op:.*", "", line)
+
+
 HERE = Path(__file__).resolve().parent
 _LINE = re.compile(r"^([A-Z][A-Z0-9_]*) = .+?  # (.*?) ?(?:\[(.+)\])?$", re.MULTILINE)
 _BLOCK = Path(__file__).read_text("utf-8").split("\nimport ")[0]
@@ -129,18 +134,13 @@ def _is_allowed(value, default, allowed):
     return not allowed or value in allowed.split("|")
 
 
-def _refusal(name, value):
-    default, _, allowed = SETTINGS[name]
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
-    kind = kinds.get(type(default), "whole numbers like 128,256,512, each")
-    flag = "--" + name.replace("_", "-")
-    return UsageError(f"{flag} is {value!r}, but must be {kind} {allowed}".rstrip())
-
-
 def _check_settings(settings):
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
     for name, (default, _, allowed) in SETTINGS.items():
-        if not _is_allowed(getattr(settings, name), default, allowed):
-            raise _refusal(name, getattr(settings, name))
+        value, kind = getattr(settings, name), kinds.get(type(default), "whole numbers like 1,2,3")
+        if not _is_allowed(value, default, allowed):
+            must = f"but must be {kind} {allowed}".rstrip()
+            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, {must}")
     if settings.dataset not in DATASETS and not Path(settings.dataset).exists():
         known = ", ".join(DATASETS)
         raise UsageError(f"--dataset is {settings.dataset!r}, but must be {known} or a path")
@@ -156,19 +156,21 @@ Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageEr
 
 
 def parse_setting(name, text):
-    """Return the value that `text` means for the setting `name`. Raises UsageError."""
+    """Return the value that `text` means for the setting `name`; the text if it means none."""
     default, _, allowed = SETTINGS[name]
-    from_text = {
+    kinds = {
         bool: lambda text: {"true": True, "false": False}[text.lower()],
         tuple: lambda text: tuple(map(int, text.split(","))),
     }
-    try:
-        value = from_text.get(type(default), type(default))(text)
-    except (ValueError, KeyError):
-        raise _refusal(name, text) from None
-    if not _is_allowed(value, default, allowed):
-        raise _refusal(name, text)
-    return value
+    with contextlib.suppress(ValueError, KeyError):
+        value = kinds.get(type(default), type(default))(text)
+        return value if _is_allowed(value, default, allowed) else text
+    return text
+
+
+def setting_as_text(value):
+    """Return what to type for a setting's value, which may be a tuple or list."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,16 +205,33 @@ class Dataset(NamedTuple):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`; rename it to `path` once all is written and synced."""
+    """Give a temporary path beside `path`, for a file or a folder; rename it once it is synced."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        for part in (*temporary.glob("*"), temporary):
+            _sync(part)
+        if path.is_dir():  # which nothing can replace while it is full
+            shutil.rmtree(path)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _sync(path):
+    errors = [OSError] if path.is_dir() else []  # Windows and some network drives sync no folders
+    with contextlib.suppress(*errors):
+        descriptor = os.open(path, os.O_RDONLY if errors else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -658,7 +677,6 @@ def new_state(settings, dataset):
         step=tf.Variable(0, dtype=tf.int64),
         losses=tf.Variable([0.0, 0.0]),  # sums over the epoch: discriminator's, generator's
         seconds=tf.Variable([0.0, 0.0], dtype=tf.float64),  # training in this epoch; all in all
-        history=tf.Variable("[]"),  # JSON: a dict an epoch
     )
     state.average.set_weights(state.generator.get_weights())
     state.generator_optimizer.build(state.generator.trainable_variables)
@@ -1135,7 +1153,7 @@ def mosaic(images, columns):
 
 
 def save_grid(path, images, columns, title=""):
-    """Write a PNG of images (N, H, W, C) under a title; return its width and height."""
+    """Write a PNG of images (N, H, W, C) under a title."""
     picture = as_picture(mosaic(images, columns))
     strip = 36 if title else 0  # pixels
     page = Image.new(picture.mode, (picture.width, picture.height + strip), "white")
@@ -1144,7 +1162,6 @@ def save_grid(path, images, columns, title=""):
     ImageDraw.Draw(page).text(place, title, "black", font, anchor="mm")
     with replacing(path) as temporary:
         page.save(temporary)
-    return page.size
 
 
 def save_pictures(folder, images, labels=None):
@@ -1212,26 +1229,30 @@ def latent_walk(generator, walks, seed, frames=120, stops=6):
 # ---------------------------------------------------------------------------------------------
 
 SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
-HARMLESS_LAYERS = re.compile(  # what a file may be made of: none of these runs code from the file
+HARMLESS = re.compile(  # what a file may be made of: none of these runs code from the file
     "InputLayer|Dense|BatchNormalization|ReLU|LeakyReLU|Activation|Reshape|Flatten|Concatenate|"
     "CategoryEncoding|Embedding|Dropout|Conv2D|Conv2DTranspose|UpSampling2D|MaxPooling2D|"
-    "AveragePooling2D|GlobalAveragePooling2D|Cropping2D"
+    "AveragePooling2D|GlobalAveragePooling2D|DTypePolicy|Zeros|Ones|Constant|VarianceScaling|"
+    "Cropping2D|Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)|__keras_tensor__|"
+    r"null|keras|keras\.layers|keras\.initializers"
 )
+LARGEST_OUTPUT = 2**24  # numbers that a layer of a loaded model may give for one image
 MAY_CHANGE = re.compile(  # from one session of a run to the next
     "epochs|max_minutes|samples_dir|checkpoints_dir|evaluation_images|.*_every"
 )
+STATES_KEPT = 3
 
 
 def save_keras(model, path):
     """Write a Keras model to an .h5 that plain keras.models.load_model opens."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # or Keras says at each save that .h5 is the older format
+    from keras.src.legacy.saving import legacy_h5_format  # model.save takes no open file
+
+    memory = io.BytesIO()  # on a full disk HDF5 itself ends the process: a segmentation fault
+    with h5py.File(memory, "w") as file:
+        legacy_h5_format.save_model_to_hdf5(model, file, include_optimizer=False)
+        file.attrs["model_config"] = _portable(file.attrs["model_config"])
     with replacing(path) as temporary:
-        model.save(temporary)
-        with h5py.File(temporary, "r+") as file:
-            file.attrs["model_config"] = _portable(file.attrs["model_config"])
-    logger.setLevel(level)
+        temporary.write_bytes(memory.getbuffer())
 
 
 def _portable(model_config):
@@ -1249,16 +1270,32 @@ def load_keras(path):
     if not Path(path).is_file():
         raise UsageError(f"{path} does not exist or is not a file")
     try:
-        with h5py.File(path) as file:
-            layers = json.loads(file.attrs["model_config"])["config"]["layers"]
-            kinds = {layer["class_name"] for layer in layers}
-            refused = [kind for kind in sorted(kinds) if not HARMLESS_LAYERS.fullmatch(kind)]
-        if not refused:
-            return keras.models.load_model(path, compile=False, safe_mode=True)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} is not a Keras model that can be read: {reason}") from None
-    raise UsageError(f"{path} holds layers that are not let in: {', '.join(refused)}")
+        _refuse_strange_parts(path)
+        with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
+            layers = keras.models.load_model(path, compile=False, safe_mode=True).layers
+        if max(math.prod(layer.output.shape[1:]) for layer in layers) > LARGEST_OUTPUT:
+            raise ValueError("a layer gives too many numbers")
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # noqa: BLE001 (HDF5 and Keras raise a dozen kinds)
+        raise UsageError(f"{path} is no Keras model to be let in: {_reason(error)}") from None
+
+
+def _refuse_strange_parts(path):
+    """Refuse what reaches out of an .h5, claims more than the file holds or might run code."""
+    size, strange = Path(path).stat().st_size, []
+
+    def look(name, link):
+        part = file[name] if isinstance(link, h5py.HardLink) else link
+        reaches_out = part is link or getattr(part, "external", 0) or getattr(part, "is_virtual", 0)
+        if reaches_out or getattr(part, "nbytes", 0) > size:
+            strange.append(name)
+
+    with h5py.File(path) as file:
+        file.visititems_links(look)
+        layers = json.dumps(json.loads(file.attrs["model_config"])["config"]["layers"])
+    named = re.findall('"(?:class_name|module|registered_name)": "?([^",}]*)', layers)
+    if strange := strange + [name for name in named if not HARMLESS.fullmatch(name)]:
+        raise ValueError(f"it holds {', '.join(map(repr, sorted(set(strange))))}")
 
 
 def load_generator(path=None, settings=Settings()):
@@ -1281,41 +1318,133 @@ def default_generator(settings):
     return best if best.exists() else SHIPPED_GENERATOR
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Hold folder/lock, which the system frees when the process dies, however it dies.
+
+    Raises UsageError where another process holds it. Windows has no such locks in Python.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one before may have removed the file between our opening and locking it.
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                raise FileNotFoundError
+        except OSError:
+            file.seek(0)
+            raise UsageError(f"{folder} is in use by the run of process {file.read()}") from None
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it may be gone; Windows keeps open files
+                os.unlink(file.name)
+
+
 def start_afresh(settings):
     """Make room for a new run: what an earlier one left moves to checkpoints/previous/."""
     checkpoints, samples = Path(settings.checkpoints_dir), Path(settings.samples_dir)
-    old = [*checkpoints.glob("state"), *checkpoints.glob("generator_*.h5")]
-    for pattern in ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard"):
-        old += samples.glob(pattern)
-    if old:
-        previous = checkpoints / "previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        previous.mkdir()
-        for path in old:
-            shutil.move(path, previous / path.name)
-        print(f"The earlier run's files are in {previous} now; to go on with it:")
-        print("  python gan_mnist.py train --resume", end=" ")
-        print(f"--checkpoints-dir {previous} --samples-dir {previous}\n")
-    (checkpoints / "state").mkdir()
-    with replacing(checkpoints / "state" / "settings.json") as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=1), "utf-8")
+    previous = checkpoints / "previous"
+    moving = checkpoints / ".previous"  # killed halfway, the next start moves the rest
+    left = [(checkpoints, name) for name in ("state", "generator_*.h5")]
+    pictures = ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard/*")
+    left += [(samples, name) for name in pictures]
+    old = [(x, moving / x.relative_to(folder)) for folder, name in left for x in folder.glob(name)]
+    if not old and not moving.exists():
+        return
+    with alone_in(previous):
+        for path, new in old:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, new)
+    shutil.rmtree(previous)
+    os.replace(moving, previous)
+    print(f"The earlier run's files are in {previous} now.")
+    if path := newest_state(previous / "state"):
+        settings = json.loads((path / "run.json").read_text("utf-8"))["settings"]
+        folders = {"checkpoints_dir": previous, "samples_dir": previous}
+        print("To go on with it:\n ", resuming_line(settings | folders), "\n")
 
 
-def restore_state(manager, state, settings):
-    """Restore the newest state. Raises UsageError if there is none or `settings` don't fit it."""
-    folder = Path(manager.directory)
-    if not manager.latest_checkpoint:
-        raise UsageError(f"there is nothing to resume in {folder}")
-    before = json.loads((folder / "settings.json").read_text("utf-8"))
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
-    changed = [
-        f"{name} was {before.get(name)}, is {value}"
-        for name, value in now.items()
-        if value != before.get(name) and not MAY_CHANGE.fullmatch(name)
-    ]
-    if changed:
-        raise UsageError("these settings cannot change on --resume: " + "; ".join(changed))
-    state.restore(manager.latest_checkpoint).assert_consumed()
+def resuming_line(settings):
+    """Return what to type to go on with a run of these settings (a dict)."""
+    words = ["python", "gan_mnist.py", "train", "--resume"]
+    for name, (default, *_) in SETTINGS.items():
+        text = setting_as_text(settings.get(name, default))
+        if text != setting_as_text(default):
+            words += ["--" + name.replace("_", "-"), text]
+    return shlex.join(words)
+
+
+def fingerprint(dataset):
+    """Return a line that tells a data set from any other, whatever it is called."""
+    digest = hashlib.sha256()
+    for array in dataset[:2]:
+        digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+    size = "x".join(map(str, dataset.images.shape[1:]))
+    return f"{len(dataset.images):,} images of {size}, SHA-256 {digest.hexdigest()[:16]}"
+
+
+def save_state(state, folder, facts):
+    """Write the training state and `facts` (for JSON) to folder/step_..., keep the newest three.
+
+    tf.train.CheckpointManager writes file by file, syncs nothing and cannot tell a damaged file:
+    here a whole folder gets its name at once, with sums that `sha256sum -c SHA256SUMS` checks.
+    """
+    path = folder / f"step_{int(state.step.numpy()):09d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        state.write(str(temporary / "state"))
+        (temporary / "run.json").write_text(json.dumps(facts, indent=1), "utf-8")
+        (temporary / "SHA256SUMS").write_text(_checksums(temporary), "utf-8")
+    states = set(folder.glob("step_*"))
+    for old in states - set(sorted(x for x in states if x <= path)[-STATES_KEPT:]):
+        shutil.rmtree(old)  # also what is newer: it was damaged, or we would have started from it
+
+
+def _checksums(folder):
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
+    sums = [f"{hashlib.sha256(x.read_bytes()).hexdigest()}  {x.name}\n" for x in files]
+    return "".join(sums)
+
+
+def newest_state(folder):
+    """Return the newest sound state's folder or None; print a line for each that is damaged."""
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError):  # a file is missing or no text
+            if (path / "SHA256SUMS").read_text("utf-8") == _checksums(path):
+                return path
+        print(f"{path} is damaged: its checksums do not fit.")
+    return None
+
+
+def restore_state(state, folder, facts):
+    """Restore the newest sound state; return the history that was saved with it.
+
+    Raises UsageError where the settings or the data don't fit it, RunError where none is sound.
+    """
+    path = newest_state(folder)
+    if path is None:
+        raise RunError(f"no state in {folder} is sound; nothing was changed")
+    try:
+        saved = json.loads((path / "run.json").read_text("utf-8"))
+        before = saved["settings"] | {"dataset": saved["data"]}
+        now = json.loads(json.dumps(facts["settings"])) | {"dataset": facts["data"]}
+        changed = [
+            f"{name} was {before.get(name)}, is {now.get(name)}"
+            for name in now | before
+            if before.get(name) != now.get(name) and not MAY_CHANGE.fullmatch(name)
+        ]
+        if not changed:
+            state.read(str(path / "state")).assert_consumed()
+            return saved["history"]
+    except (LookupError, TypeError, ValueError, AssertionError, tf.errors.OpError):
+        raise RunError(f"{path} was saved by another version of this program") from None
+    raise UsageError("these settings cannot change on --resume: " + "; ".join(changed))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1323,10 +1452,10 @@ def restore_state(manager, state, settings):
 # ---------------------------------------------------------------------------------------------
 
 STEPS_PER_CALL = 26  # in one compiled call; between calls come the progress bar and Ctrl-C
-MEASURED = ("inception_score", "inception_score_std", "fid", "classes_covered")
+PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
-    *(*MEASURED, "dataset", "inception"),
+    *("inception_score", "inception_score_std", "fid", "classes_covered", "dataset", "inception"),
 )
 
 
@@ -1339,19 +1468,22 @@ class Run(NamedTuple):
 
     settings: Settings
     dataset: Dataset
-    ruler: Ruler
+    data: str  # its fingerprint
     state: "tf.train.Checkpoint"
-    manager: "tf.train.CheckpointManager"
-    train_steps: callable
     history: list  # a dict an epoch
+    ruler: Ruler
+    train_steps: callable
     summary: "tf.summary.SummaryWriter"
     stop: threading.Event  # set by Ctrl-C
     started: float  # monotonic seconds, as if the run had never paused
     steps_per_epoch: int
 
+    def step(self):
+        return int(self.state.step.numpy())
+
     def progress(self):
         """Return the share of the run that is done, 0 to 1: of its epochs or of its minutes."""
-        share = int(self.state.step.numpy()) / (self.settings.epochs * self.steps_per_epoch)
+        share = self.step() / (self.settings.epochs * self.steps_per_epoch)
         if self.settings.max_minutes:
             minutes = (time.monotonic() - self.started) / 60
             share = max(share, minutes / self.settings.max_minutes)
@@ -1366,8 +1498,8 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     """Train, measure, leave pictures and checkpoints; return the averaged generator.
 
     `dataset` is a Dataset, uint8 images (N, H, H) or (N, H, H, 1 or 3), or None for
-    `settings.dataset`. Raises UsageError for settings or images that don't fit, RunError when
-    the losses stop being finite, and Interrupted after Ctrl-C, when all is saved.
+    `settings.dataset`. Raises UsageError for settings or images that don't fit, RunError where
+    the run cannot go on, and Interrupted after Ctrl-C, when all is saved.
     """
     if epochs is not None:
         settings = dataclasses.replace(settings, epochs=epochs)
@@ -1380,71 +1512,68 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     if dataset.labels is None and settings.conditional:
         print(f"{dataset.name} has no labels: training without classes.\n")
         settings = dataclasses.replace(settings, conditional=False)
-    _refuse_unwritable(settings.samples_dir, settings.checkpoints_dir)
-    with _stopping_on_signals() as stop:
-        run = _prepare(settings, dataset, resume, stop)
-        is_over = run.progress() == 1
-        while not is_over and not stop.is_set():
-            _train_epoch(run)
-            is_over = run.progress() == 1
-            is_whole = int(run.state.step.numpy()) % run.steps_per_epoch == 0
-            if is_whole or is_over:  # also after Ctrl-C: no row of the metrics gets lost
-                _finish_epoch(run, is_over)
+    folders = sorted({Path(x).resolve() for x in (settings.samples_dir, settings.checkpoints_dir)})
+    _refuse_unusable(folders, settings, resume)
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(alone_in(folder))
+        run = _prepare(settings, dataset, resume)
+        held.callback(run.summary.close)
+        held.enter_context(_stopping_on_signals(run.stop))
+        _run_epochs(run)
         _finish(run)
     return run.state.average
 
 
-def _refuse_unwritable(*folders):
-    for folder in map(Path, folders):
-        exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _refuse_unusable(folders, settings, resume):
+    for folder in folders:
+        exists = next(path for path in (folder, *folder.parents) if path.exists())
         if not exists.is_dir() or not os.access(exists, os.W_OK):
             raise UsageError(f"cannot write into {folder}")
+    states = Path(settings.checkpoints_dir, "state")
+    if resume and not any(states.glob("step_*")):
+        raise UsageError(f"there is nothing to resume in {states}")
 
 
 @contextlib.contextmanager
-def _stopping_on_signals():
-    """Give an event that Ctrl-C and SIGTERM set; a second Ctrl-C ends at once."""
-    stop, before = threading.Event(), {}
+def _stopping_on_signals(stop):
+    """Let Ctrl-C and SIGTERM set the event; the second one ends the program at once."""
+    before = {}
 
     def ask_to_stop(*_):
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for name in before:
+            signal.signal(name, signal.default_int_handler)
 
     if threading.current_thread() is threading.main_thread():
         for name in (signal.SIGINT, signal.SIGTERM):
             before[name] = signal.signal(name, ask_to_stop)
     try:
-        yield stop
+        yield
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
 
 
-def _prepare(settings, dataset, resume, stop):
+def _prepare(settings, dataset, resume):
+    """Do all that may fail before the first file changes, then make room."""
     with tf.distribute.get_strategy().scope():
         state = new_state(settings, dataset)
-    folder = Path(settings.checkpoints_dir, "state")
-    manager = tf.train.CheckpointManager(state, str(folder), max_to_keep=3)
-    if resume:
-        restore_state(manager, state, settings)
-    for name in (settings.samples_dir, settings.checkpoints_dir):
-        Path(name).mkdir(parents=True, exist_ok=True)
+    samples, checkpoints = Path(settings.samples_dir), Path(settings.checkpoints_dir)
+    facts = {"settings": dataclasses.asdict(settings), "data": fingerprint(dataset)}
+    history = restore_state(state, checkpoints / "state", facts) if resume else []
+    _print_banner(settings, dataset, state)
+    ruler, train_steps = load_ruler(settings, dataset), compile_training(state, dataset, settings)
+    for folder in (samples, checkpoints, checkpoints / "state"):
+        for left in folder.glob(".*.partial*"):  # by a run that was killed
+            _remove(left)
     if not resume:
         start_afresh(settings)
-    history = json.loads(state.history.numpy())
-    metrics = Path(settings.samples_dir, "metrics.csv")
-    with replacing(metrics) as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(history)
-    _print_banner(settings, dataset, state)
     return Run(
-        *(settings, dataset, load_ruler(settings, dataset), state, manager),
-        train_steps=compile_training(state, dataset, settings),
-        history=history,
-        summary=tf.summary.create_file_writer(str(Path(settings.samples_dir, "tensorboard"))),
-        stop=stop,
-        started=time.monotonic() - state.seconds.numpy()[1],
+        *(settings, dataset, facts["data"], state, history, ruler, train_steps),
+        summary=tf.summary.create_file_writer(str(samples / "tensorboard")),
+        stop=threading.Event(),
+        started=time.monotonic() - float(state.seconds.numpy()[1]),
         steps_per_epoch=len(dataset.images) // settings.batch_size,
     )
 
@@ -1459,13 +1588,27 @@ def _print_banner(settings, dataset, state):
     print(f"generator      {settings.architecture}, {kind}, {generator:,} parameters")
     print(f"discriminator  {settings.loss} loss, {discriminator:,} parameters")
     print(f"device         {device}, {choose_precision(settings)}, TensorFlow {tf.__version__}\n")
+
+
+def _run_epochs(run):
     print("epoch  seconds  images/s   D loss   G loss      IS      FID  classes", flush=True)
+    is_reported = run.history and run.history[-1]["step"] == run.step()
+    if is_reported:  # the files were not all there when it stopped, or the same again
+        _insist(run, _write_epoch)
+    else:
+        _insist(run, _save_state)  # so that whatever happens now can be resumed
+    is_over = is_reported and run.progress() == 1
+    while not is_over and not run.stop.is_set():
+        _train_epoch(run)
+        is_over = run.progress() == 1
+        if is_over or run.step() % run.steps_per_epoch == 0:  # also after Ctrl-C: no row gets lost
+            _finish_epoch(run, is_over)
 
 
 def _train_epoch(run):
     """Take the epoch's steps that are left, until its end, the run's end or Ctrl-C."""
     settings, state = run.settings, run.state
-    epoch, first = divmod(int(state.step.numpy()), run.steps_per_epoch)
+    epoch, first = divmod(run.step(), run.steps_per_epoch)
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "loss D", "G"]
@@ -1477,6 +1620,7 @@ def _train_epoch(run):
         start = time.monotonic()
         run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
         losses = state.losses.numpy() / last
+        _refuse_bad_numbers(run, [losses])
         seconds = time.monotonic() - start
         state.seconds.assign([state.seconds.numpy()[0] + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
@@ -1486,43 +1630,43 @@ def _train_epoch(run):
         first = last
 
 
-def _finish_epoch(run, is_last):
-    """Measure, report, picture and save the epoch that was just trained."""
-    settings, average, row = run.settings, run.state.average, _training_row(run)
-    epoch, checkpoints = row["epoch"], Path(settings.checkpoints_dir)
-    if epoch % settings.evaluate_every == 0 or is_last:
+def _refuse_bad_numbers(run, arrays):
+    if not all(np.isfinite(array).all() for array in arrays):
+        advice = "try lower learning rates; the last good state and .h5 files are kept"
+        raise RunError(f"losses or weights are not finite after step {run.step()}: {advice}")
+
+
+def _finish_epoch(run, is_over):
+    """Measure, save, report and picture the epoch that was just trained."""
+    settings, row = run.settings, _training_row(run)
+    epoch = row["epoch"]
+    if epoch % settings.evaluate_every == 0 or is_over:
         row |= quick_metrics(run.ruler, run.samples(settings.evaluation_images))
+    row["collapsed"] = _has_collapsed(row, _best(run.history))
+    row["drawn"] = epoch % settings.sample_every == 0 or is_over
     run.history[:] = [old for old in run.history if old["epoch"] < epoch] + [row]
-    _report(run, row)
-    if epoch % settings.sample_every == 0 or is_last:
-        path, grid = _grid_path(run, row), draw_grid(average, settings.seed)
-        size = save_grid(path, *grid, _title(run, row))
-        _write_summary(run, epoch, "samples", "images", [*map(str, size), path.read_bytes()])
-    save_keras(average, checkpoints / "generator_latest.h5")
-    if row is _best(run.history):
-        save_keras(average, checkpoints / "generator_best.h5")
-    if epoch % settings.checkpoint_every == 0:
-        save_keras(average, checkpoints / f"generator_model_epoch_{epoch:03d}.h5")
     run.state.losses.assign([0.0, 0.0])
     run.state.seconds.assign([0.0, time.monotonic() - run.started])
-    _save_state(run)
-
-
-def _save_state(run):
-    run.state.history.assign(json.dumps(run.history))
-    run.manager.save(checkpoint_number=int(run.state.step.numpy()))
+    _insist(run, _save_state)  # first: all else can be made again from it
+    _print_row(row)
+    _insist(run, _write_epoch)
 
 
 def _training_row(run):
-    step, seconds = int(run.state.step.numpy()), float(run.state.seconds.numpy()[0])
+    step, seconds = run.step(), float(run.state.seconds.numpy()[0])
     epoch, steps = divmod(step - 1, run.steps_per_epoch)
-    losses = run.state.losses.numpy() / (steps + 1)
-    if not np.isfinite(losses).all():
-        kept = "the last good state and .h5 files are kept"
-        raise RunError(f"the losses are not finite after step {step}: lower the rates; {kept}")
-    speed = round((steps + 1) * run.settings.batch_size / seconds)
-    values = (epoch + 1, step, round(seconds, 3), speed, *map(float, losses), *[None] * 4)
-    return dict(zip(COLUMNS, (*values, run.dataset.name, run.ruler.name), strict=True))
+    row = dict.fromkeys(COLUMNS)
+    row |= {"epoch": epoch + 1, "step": step, "seconds": round(seconds, 3)}
+    row["images_per_second"] = round((steps + 1) * run.settings.batch_size / seconds)
+    losses = map(float, run.state.losses.numpy() / (steps + 1))
+    row["discriminator_loss"], row["generator_loss"] = losses
+    return row | {"dataset": run.dataset.name, "inception": run.ruler.name}
+
+
+def _has_collapsed(row, best):
+    covered, fid = row["classes_covered"], row["fid"]
+    few = covered is not None and 2 * covered < len(row["class_shares"])
+    return few or bool(best and fid is not None and fid > 10 * best["fid"])
 
 
 def _best(history):
@@ -1530,24 +1674,69 @@ def _best(history):
     return min(measured, key=lambda row: row["fid"], default=None)
 
 
-def _report(run, row):
-    with open(Path(run.settings.samples_dir, "metrics.csv"), "a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+def _print_row(row):
     line = "{epoch:5d} {seconds:8.1f} {images_per_second:9,d} "
     line += "{discriminator_loss:8.4f} {generator_loss:8.4f} "
     if row["fid"] is not None:
-        line += "{inception_score:7.3f} {fid:8.3f} {classes_covered:8d}"
+        line += "{inception_score:7.3f} {fid:8.3f} "
+        line += "       -" if row["classes_covered"] is None else "{classes_covered:8d}"
+    line += " COLLAPSED" if row["collapsed"] else ""
     print(("\r\033[K" if sys.stdout.isatty() else "") + line.format(**row), flush=True)
-    for name in COLUMNS[3:10]:
-        if row[name] is not None:
-            _write_summary(run, row["epoch"], name, "scalars", float(row[name]))
 
 
-def _write_summary(run, epoch, tag, plugin, value):
+def _insist(run, write):
+    """Call write(run) until there is room, for as long as an epoch takes; then give up."""
+    deadline = time.monotonic() + max([PATIENCE, *(row["seconds"] for row in run.history)])
+    for attempt in itertools.count():
+        try:
+            return write(run)
+        except (OSError, tf.errors.OpError) as error:
+            if run.stop.wait(0.5) or time.monotonic() > deadline:
+                kept = "the last good state is kept, for --resume"
+                raise RunError(f"cannot write: {_reason(error)}; {kept}") from None
+            if attempt == 0:
+                print(f"Cannot write: {_reason(error)}. Trying again for a while.", flush=True)
+
+
+def _save_state(run):
+    state = run.state
+    parts = (state.generator, state.discriminator, state.average)
+    parts += (state.generator_optimizer, state.discriminator_optimizer)
+    _refuse_bad_numbers(run, [x.numpy() for part in parts for x in part.variables])
+    facts = {"settings": dataclasses.asdict(run.settings), "data": run.data, "history": run.history}
+    save_state(state, Path(run.settings.checkpoints_dir, "state"), facts)
+
+
+def _write_epoch(run):
+    """Write what the newest row's epoch leaves; doing it again changes nothing."""
+    settings, average, row = run.settings, run.state.average, run.history[-1]
+    checkpoints, metrics = Path(settings.checkpoints_dir), Path(settings.samples_dir, "metrics.csv")
+    metrics.parent.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
+    with replacing(metrics) as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(run.history)
+    if row["drawn"]:
+        save_grid(_grid_path(run, row), *draw_grid(average, settings.seed), _title(run, row))
+    save_keras(average, checkpoints / "generator_latest.h5")
+    if row is _best(run.history):
+        save_keras(average, checkpoints / "generator_best.h5")
+    if row["epoch"] % settings.checkpoint_every == 0:
+        save_keras(average, checkpoints / f"generator_model_epoch_{row['epoch']:03d}.h5")
+    _write_summaries(run, row)
+
+
+def _write_summaries(run, row):
     """Write for TensorBoard as tf.summary.scalar and image do, which need its package installed."""
-    metadata = tf.compat.v1.SummaryMetadata(plugin_data={"plugin_name": plugin})
-    with run.summary.as_default(step=epoch):
-        tf.summary.write(tag, value, metadata=metadata)
+    values = {name: ("scalars", row[name]) for name in COLUMNS[3:10] if row[name] is not None}
+    if row["drawn"]:
+        png = _grid_path(run, row).read_bytes()
+        size = Image.open(io.BytesIO(png)).size
+        values["samples"] = ("images", [*map(str, size), png])
+    with run.summary.as_default(step=row["epoch"]):
+        for tag, (plugin, value) in values.items():
+            metadata = tf.compat.v1.SummaryMetadata(plugin_data={"plugin_name": plugin})
+            tf.summary.write(tag, value, metadata=metadata)
     run.summary.flush()
 
 
@@ -1564,21 +1753,28 @@ def _title(run, row):
 
 def _finish(run):
     """Draw what a whole run leaves and say where it is."""
-    samples = Path(run.settings.samples_dir)
     if run.stop.is_set():
-        _save_state(run)
+        _insist(run, _save_state)
+    _insist(run, _draw_curves)
+    if collapsed := [str(row["epoch"]) for row in run.history if row["collapsed"]]:
+        print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
+        print("Larger R1 and R2 or lower learning rates help against collapse.")
+    if run.stop.is_set():
+        raise Interrupted
+    if best := _best(run.history):
+        kept = Path(run.settings.checkpoints_dir, "generator_best.h5")
+        print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
+    print(f"Look at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
+    print("Draw more: python gan_mnist.py generate", flush=True)
+
+
+def _draw_curves(run):
+    samples = Path(run.settings.samples_dir)
     if run.history:
         save_metrics_plot(samples / "metrics.png", run.history, _title(run, run.history[-1]))
     grids = [path for row in run.history if (path := _grid_path(run, row)).exists()]
     if grids:
         save_animation(samples / "training.gif", map(Image.open, grids), 6)
-    if run.stop.is_set():
-        raise Interrupted
-    best = _best(run.history)
-    kept = Path(run.settings.checkpoints_dir, "generator_best.h5")
-    print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
-    print(f"Look at {samples}/: the grids, metrics.png, training.gif")
-    print("Draw more: python gan_mnist.py generate", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1712,8 +1908,7 @@ def parse_command_line(arguments):
         group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
     group = parser.add_argument_group("settings")
     for name, (default, words, allowed) in SETTINGS.items():
-        default = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        words = " ".join(filter(None, [words, allowed, f"[{default}]"])).replace("%", "%%")
+        words = f"{words} {allowed} [{setting_as_text(default)}]".replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=words)
     # argparse takes -1e-3 for a flag, unless it is tied to the flag before.
     tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(arguments))
@@ -1729,19 +1924,15 @@ def parse_command_line(arguments):
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Hold back what C++ writes to stderr before any log level counts; show it after an error."""
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(before, held.read())
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+    """Hide what C++ writes to stderr before any log level counts."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _start_tensorflow():
@@ -1770,18 +1961,19 @@ def main(arguments=None):
     except UsageError as error:
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
-        print(f"gan_mnist.py: {error}", file=sys.stderr)
-        return 1
     except Interrupted:
-        flags = [flag for flag in arguments if flag not in ("train", "--resume")]
-        print("\nStopped; all is saved. To go on:")
-        print("  " + shlex.join(["python", "gan_mnist.py", "train", "--resume", *flags]))
+        print("\nStopped; all is saved. To go on:\n ", resuming_line(dataclasses.asdict(settings)))
         return 130
     except KeyboardInterrupt:
         return 130
+    except SystemExit:  # after --help, which shall not import TensorFlow for the next line
+        raise
+    except (RunError, OSError, MemoryError, tf.errors.OpError) as error:
+        print(f"gan_mnist.py: {_reason(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

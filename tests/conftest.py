@@ -119,6 +119,12 @@ def files_in(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
 
+def contents(folder):
+    """Return the bytes of each file in the folder, by relative path."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def synthetic_digits(count, seed=0):
     """Return seven-segment digits uint8 (count, 28, 28), moved at random, and labels (count,)."""
     random = np.random.default_rng(seed)
