@@ -42,7 +42,7 @@ def main():
         sys.exit("This needs MNIST.")
     dataset = gan_mnist.Dataset(arrays["x_train"][..., np.newaxis], arrays["y_train"], "mnist")
     ruler = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    _, probabilities = gan_mnist.measure(ruler.outputs, arrays["x_test"][..., np.newaxis])
+    _, probabilities = gan_mnist.measure(ruler, arrays["x_test"][..., np.newaxis])
     accuracy = (probabilities.argmax(axis=1) == arrays["y_test"]).mean()
     print(f"{ruler.name}: {accuracy:.2%} of the test images read right\n")
     print("| images | IS | FID | classes | seconds |\n|---|---|---|---|---|")

@@ -56,9 +56,7 @@ def test_an_npz_holds_rows_of_the_digits_asked_for(drawn):
         assert set(arrays.files) == {"images", "labels"}
     assert images.dtype == np.uint8 and images.shape == (100, 28, 28, 1)
     assert labels.tolist() == [2, 0, 2, 6] * 25
-    nothing = gan_mnist.Dataset(np.zeros((1, 28, 28, 1), np.uint8), None, "mnist")
-    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), nothing)
-    _, probabilities = gan_mnist.measure(ruler.outputs, images)
+    _, probabilities = gan_mnist.measure(gan_mnist.RULERS["mnist"](None), images)
     assert np.mean(probabilities.argmax(axis=1) == labels) >= 0.9
     assert len(np.unique(images.reshape(100, -1), axis=0)) == 100
 
@@ -223,7 +221,7 @@ def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(tiny_run, digit
     folder.mkdir()
     (folder / "file").write_text("in the way")
     few = tmp_path / "few.npz"
-    np.savez(few, images=synthetic_digits(5)[0])
+    np.savez(few, images=synthetic_digits(1)[0])
     best = tiny_run[0] / "checkpoints" / "generator_best.h5"
     cases = {
         "unknown ending": ["generate", "--output", "digits.jpg"],
@@ -233,7 +231,7 @@ def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(tiny_run, digit
         "folder in the way": ["generate", "--output", "file"],
         "no such images": ["evaluate", "--images", "nowhere.npz", "--dataset", digits_npz],
         "too few images": ["evaluate", "--images", few, "--dataset", digits_npz],
-        "too small a count": ["evaluate", "--count", 3, "--dataset", digits_npz],
+        "too small a count": ["evaluate", "--count", 1, "--dataset", digits_npz],
         "both": ["evaluate", "--images", digits_npz, "--checkpoint", best],
     }
     jobs = [(arguments, folder) for arguments in cases.values()]
