@@ -1,7 +1,8 @@
 """Measure gan_mnist.py's quality and speed against its goals, on this machine.
 
-    python tests/bench_training.py                                   everything: about half an hour
+    python tests/bench_training.py                                   all: an hour and a half
     python tests/bench_training.py --parts minute,seeds --seeds 3    some of it
+    python tests/bench_training.py --parts losses --loss-minutes 1   every loss, in a minute each
     python tests/bench_training.py --parts speed --torch-python F    F: a Python that has PyTorch
 
 Needs MNIST in the Keras cache, and nothing else running. Pictures are judged by a classifier of
@@ -45,7 +46,20 @@ FID_GOALS = {  # at most, at full length
     ("minute", "unconditional"): 4.0,
     ("default", "conditional"): 0.2,
     ("default", "unconditional"): 1.0,
+    ("conv", "ten minutes"): 0.2,
 }
+LOSS_FID_GOAL = 30  # of every loss with each architecture
+LOSSES = {  # name: flags; the penalties are the default ones but for the last
+    name: ("--loss", name)
+    for name in (
+        "non_saturating",
+        "minimax",
+        "least_squares",
+        "hinge",
+        "wasserstein",
+        "relativistic",
+    )
+} | {"wgan_gp": ("--loss", "wasserstein", "--r1", "0", "--r2", "0", "--gradient-penalty", "10")}
 # 784 <- 1024 <- 512 <- 256 <- 128 <- 100 against 784 -> 1024 -> 512 -> 256 -> 1
 POPULAR = """
     --latent-dim 100 --generator-widths 128,256,512,1024 --discriminator-widths 1024,512,256
@@ -274,6 +288,8 @@ def scored(work, part, name, *flags):
     run = train(work, *flags)
     fid, shares, right = worker("score", run.generator)
     goals = {"FID": fid <= FID_GOALS.get((part, name), math.inf), "GB": run.peak <= 2}
+    if part in ("dense", "conv") and name in LOSSES:
+        goals = {"FID": fid <= LOSS_FID_GOAL, "digits": sum(x >= 0.01 for x in shares) >= 8}
     if part == "default":
         goals["wall"] = run.wall <= 360
         goals["shares"] = min(shares) >= 0.08 and max(shares) <= 0.12
@@ -311,6 +327,21 @@ def seeds(work, options):
         f"seeds   FID worst {worst:.3f}, median {median:.3f}, ratio {worst / median:.2f};"
         f" goal 1.5: {verdict(ratio=worst <= 1.5 * median)}"
     )
+
+
+def conv(work, options):
+    """Ten minutes of the convolutional networks, and the time of an epoch of theirs."""
+    flags = ("--architecture", "conv", "--max-minutes", str(10 * options.minutes))
+    scored(work, "conv", "ten minutes", *flags)
+    seconds = float(train(work, *flags[:2], "--epochs", "2").rows[-1]["seconds"])
+    print(f"conv    an epoch takes {seconds:.1f} s; goal 30: {verdict(s=seconds <= 30)}")
+
+
+def losses(work, options):
+    """Every loss with each architecture, unconditional: the harder game, in which digits get lost."""
+    minutes = ("--max-minutes", str(options.loss_minutes), "--conditional", "false")
+    for architecture, (name, flags) in itertools.product(("dense", "conv"), LOSSES.items()):
+        scored(work, architecture, name, "--architecture", architecture, *flags, *minutes)
 
 
 def speed(work, options):
@@ -351,7 +382,9 @@ def start(work, options):
 
 # Command line ------------------------------------------------------------------------------------
 
-PARTS = {"minute": minute, "default": default, "seeds": seeds, "speed": speed, "start": start}
+PARTS = {
+    function.__name__: function for function in (minute, default, seeds, conv, losses, speed, start)
+}
 WORKERS = {"judge": judge_scale, "score": score, "torch": torch_speed}
 
 
@@ -362,7 +395,10 @@ def parse_command_line():
     )
     every = ",".join(PARTS)
     parser.add_argument("--parts", default=every, help="which of %(default)s to measure")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of minute and seeds [1]")
+    parser.add_argument(
+        "--minutes", type=float, default=1.0, help="of minute and seeds; conv: ten [1]"
+    )
+    parser.add_argument("--loss-minutes", type=float, default=3.0, help="of each of losses [3]")
     parser.add_argument("--epochs", type=int, default=0, help="of default [the program's own]")
     parser.add_argument("--seeds", type=int, default=5, help="how many [5]")
     parser.add_argument("--pairs", type=int, default=3, help="of speed, in turn [3]")
@@ -376,8 +412,8 @@ def parse_command_line():
         parser.error(f"--parts has {', '.join(sorted(unknown))}, but knows {every}")
     if not shutil.which(options.torch_python):
         parser.error(f"--torch-python is {options.torch_python!r}, which cannot be run")
-    if min(options.seeds, options.pairs) < 1 or options.minutes <= 0:
-        parser.error("--seeds and --pairs must be 1 or more, --minutes more than 0")
+    if min(options.seeds, options.pairs) < 1 or min(options.minutes, options.loss_minutes) <= 0:
+        parser.error("--seeds and --pairs must be 1 or more, minutes more than 0")
     return options
 
 
@@ -393,7 +429,7 @@ def print_head(parts):
     )
     if load > os.cpu_count() / 4:
         print("Something else is, or was just, running: what follows is worth little.", flush=True)
-    if {"minute", "default", "seeds"} & set(parts):
+    if set(parts) - {"speed", "start"}:
         if not KNOWN.exists():
             print("training the judge, once, for two to four minutes ...", flush=True)
         accuracy, *fids = worker("judge")

@@ -187,6 +187,9 @@ def bad_files(tiny_run, tmp_path_factory):
     Path("ran").unlink()
     os.chdir(before)
 
+    keras.Model(latent, keras.layers.Reshape((14, 28, 2))(keras.layers.Dense(784)(latent))).save(
+        folder / "two_channels.h5"
+    )
     label = keras.Input((), dtype="int32")
     both = keras.layers.Concatenate()([latent, keras.layers.Embedding(10, 4)(label)])
     image = keras.layers.Reshape((28, 28, 1))(keras.layers.Dense(784)(both))

@@ -154,7 +154,9 @@ def test_a_bad_mirror_costs_seconds_and_the_next_one_serves(
     assert is_fake_mnist(arrays)
     assert files_in(cache.parent) == ["mnist.npz"] and cache.read_bytes() == GOOD
     assert "a gigabyte was taken" not in server.asked
-    assert "Traceback" not in capsys.readouterr().err
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert f"/{behaviour}: " in line and printed.err == ""
 
 
 @pytest.mark.parametrize("behaviour", ["wrong", "broken_off", "stalled", "endless"])
@@ -212,7 +214,16 @@ def test_without_cache_and_mirrors_a_stand_in_is_drawn_and_named_so(cache, mirro
 
 
 def test_the_wait_before_the_stand_in_is_under_twenty_seconds_offline():
-    assert gan_mnist.CONNECT_SECONDS < 20
+    assert len(gan_mnist.MNIST_MIRRORS) * gan_mnist.CONNECT_SECONDS < 20
+
+
+def test_a_download_gives_the_bytes_or_an_oserror(cache, server, tmp_path):
+    url = f"http://127.0.0.1:{server.server_port}"
+    gan_mnist.download(f"{url}/good_without_length", tmp_path / "x.tgz")
+    assert (tmp_path / "x.tgz").read_bytes() == GOOD
+    for behaviour in ("missing", "broken_off", "silent", "nonsense_length"):
+        with pytest.raises(OSError, match=r"^.{5,90}$"):
+            gan_mnist.download(f"{url}/{behaviour}", tmp_path / "y.tgz")
 
 
 def test_real_mnist_has_its_shapes_and_classes(mnist):

@@ -21,6 +21,7 @@ def small(**changes):
     """Return Settings of small networks."""
     return gan_mnist.Settings(
         **{"latent_dim": 8, "generator_widths": (24, 32), "discriminator_widths": (32, 16)}
+        | {"conv_channels": 4}
         | changes
     )
 
@@ -68,6 +69,24 @@ def test_the_generator_makes_images_within_minus_one_and_one(conditional):
     images = generator(with_classes(latent, conditional), training=False).numpy()
     assert images.shape == (50, 28, 28, 1) and images.dtype == np.float32
     assert np.abs(images).max() <= 1 and images.min() < -0.5 and images.max() > 0.5
+
+
+@pytest.mark.parametrize("edge", [4, 7, 13, 28, 50, 64])
+@pytest.mark.parametrize("architecture", ["dense", "conv"])
+def test_both_networks_fit_any_size_and_colour(architecture, edge):
+    settings, shape = small(architecture=architecture), (edge, edge, 3)
+    assert gan_mnist.build_generator(settings, shape, 4).output_shape == (None, *shape)
+    discriminator = gan_mnist.build_discriminator(settings, shape, 4)
+    assert discriminator.input_shape[0] == (None, *shape)
+    assert discriminator.output_shape == (None, 1)
+
+
+def test_conv_halves_the_image_down_to_between_4_and_7_pixels_and_doubles_the_channels():
+    discriminator = gan_mnist.build_discriminator(small(architecture="conv"), (64, 64, 1))
+    convolutions = [x for x in discriminator.layers if type(x).__name__ == "Conv2D"]
+    assert [x.output.shape[1:] for x in convolutions] == [
+        *((32, 32, 4), (16, 16, 8), (8, 8, 16), (4, 4, 32)),
+    ]
 
 
 def test_the_discriminator_gives_one_logit_without_a_sigmoid(conditional):
@@ -158,10 +177,18 @@ def test_a_loss_of_huge_logits_is_finite(name):
 # ----- The training step
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
-def test_a_step_follows_the_plain_gradients_of_both_losses(name, conditional):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"loss": name, "r1": 0.5, "r2": 0.25} for name in LOSS_NAMES),
+        {"loss": "wasserstein", "r1": 0.0, "r2": 0.0, "gradient_penalty": 10.0},
+        {"loss": "non_saturating", "r1": 0.5, "r2": 0.25, "architecture": "conv"},
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)
+def test_a_step_follows_the_plain_gradients_of_both_losses(changes, conditional):
     """One step of plain gradient descent moves both networks by what two tapes say."""
-    settings = small(conditional=conditional, loss=name, r1=0.5, r2=0.25, shift=0)
+    settings = small(conditional=conditional, shift=0, **changes)
     keras.utils.set_random_seed(0)
     state = SimpleNamespace(
         generator=gan_mnist.build_generator(settings),
@@ -175,8 +202,9 @@ def test_a_step_follows_the_plain_gradients_of_both_losses(name, conditional):
     real = tf.constant(synthetic_digits(30)[0][..., np.newaxis] / 127.5 - 1, tf.float32)
     condition = [tf.range(30) % 10] if conditional else []
 
-    latent = tf.random.Generator.from_seed(0).normal((30, 8))
-    expected = plain_gradients(state, settings, real, latent, condition)
+    random = tf.random.Generator.from_seed(0)  # as the step draws
+    latent, share = random.normal((30, 8)), random.uniform((30, 1, 1, 1))
+    expected = plain_gradients(state, settings, real, latent, share, condition)
     gan_mnist.train_step(state, settings, real, condition)
 
     for network, old, gradients in zip(both, before, expected, strict=True):
@@ -186,18 +214,21 @@ def test_a_step_follows_the_plain_gradients_of_both_losses(name, conditional):
             assert np.allclose(was - variable.numpy(), gradient, rtol=1e-3, atol=1e-5)
 
 
-def plain_gradients(state, settings, real, latent, condition):
+def plain_gradients(state, settings, real, latent, share, condition):
     """Return both networks' gradients by separate tapes, from the definitions."""
     for_discriminator, for_generator = gan_mnist.LOSSES[settings.loss]
 
     def judge(images):
         return state.discriminator([images, *condition] if condition else images, training=True)
 
-    def penalty(images):
+    def norms(images):
         with tf.GradientTape() as tape:
             tape.watch(images)
             logits = judge(images)
-        return tf.reduce_mean(tf.reduce_sum(tape.gradient(logits, images) ** 2, (1, 2, 3))) / 2
+        return tf.norm(tf.reshape(tape.gradient(logits, images), (30, -1)), axis=1)
+
+    def penalty(images):
+        return tf.reduce_mean(norms(images) ** 2) / 2
 
     moving = [x.numpy() for x in state.generator.non_trainable_variables]
     with tf.GradientTape(persistent=True) as tape:
@@ -206,6 +237,8 @@ def plain_gradients(state, settings, real, latent, condition):
         fixed = tf.stop_gradient(fake)
         discriminator_loss = tf.reduce_mean(for_discriminator(judge(real), judge(fixed)))
         discriminator_loss += settings.r1 * penalty(real) + settings.r2 * penalty(fixed)
+        slopes = norms(share * real + (1 - share) * fixed)
+        discriminator_loss += settings.gradient_penalty * tf.reduce_mean((slopes - 1) ** 2)
     for variable, was in zip(state.generator.non_trainable_variables, moving, strict=True):
         variable.assign(was)
     return (
