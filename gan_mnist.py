@@ -223,7 +223,7 @@ def replacing(path):
 
 def download(url, path):
     """Write what `url` serves to `path`. Raises OSError, also for silence, a stall or too much."""
-    # A host can have many addresses, each with a time limit of its own: hence the thread.
+    # A host can have many addresses, and each a time limit of its own: hence the thread.
     pool = multiprocessing.pool.ThreadPool(1)
     answer = pool.apply_async(urllib.request.urlopen, (url,), {"timeout": STALL_SECONDS})
     pool.close()
@@ -242,29 +242,40 @@ def download(url, path):
         raise OSError(f"no answer that makes sense: {error!r}") from None
 
 
-def load_mnist():
-    """Return MNIST's arrays by name from the Keras cache or a mirror, None when neither has it."""
-    cache = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"), "datasets", "mnist.npz")
+def cached_download(path, urls, read):
+    """Return read(path) of a cached file, fetched where it is absent or `read` raises UsageError.
+
+    None when no URL serves what `read` takes; nothing else ever gets the name.
+    """
     with contextlib.suppress(UsageError):
-        return _read_mnist(cache)
-    if cache.exists():
-        print(f"{cache} is not MNIST as published; downloading it again.")
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    for url in MNIST_MIRRORS:
+        return read(path)
+    if path.exists():
+        print(f"{path} is not as published; downloading it again.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for url in urls:
         try:
-            with replacing(cache) as partial:
+            with replacing(path) as partial:
                 download(url, partial)
-                return _read_mnist(partial)
+                return read(partial)
         except (OSError, UsageError) as error:
             print(f"{url}: {error}")
     return None
 
 
+def keras_home():
+    """Return the folder where Keras keeps what it downloads."""
+    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+
+
+def load_mnist():
+    """Return MNIST's arrays by name from the Keras cache or a mirror, None when neither has it."""
+    return cached_download(keras_home() / "datasets" / "mnist.npz", MNIST_MIRRORS, _read_mnist)
+
+
 def _read_mnist(path):
     arrays = read_npz(path)
     for name, digest in MNIST_DIGESTS.items():
-        array = np.ascontiguousarray(arrays.get(name, 0))
-        if hashlib.sha256(array.data).hexdigest() != digest:
+        if hashlib.sha256(arrays.get(name, np.zeros(0)).tobytes()).hexdigest() != digest:
             raise UsageError("these bytes are not MNIST")
     return arrays
 
@@ -288,8 +299,7 @@ def _load_mnist_or_stand_in(settings):
         "MNIST is neither in the Keras cache nor to be had from a mirror. Going on with\n"
         "a stand-in: 60,000 digits drawn by the shipped generator. THIS IS NOT MNIST.\n"
     )
-    generator = load_generator(SHIPPED_GENERATOR)
-    images, labels = generate(generator, 60_000, seed=0), classes_to_draw(generator, 60_000)
+    images, labels = draw_random(load_generator(SHIPPED_GENERATOR), 60_000, seed=0)
     return as_dataset(images, labels, "stand-in", settings=settings)
 
 
@@ -303,8 +313,8 @@ def _load_from_keras(settings):
         with contextlib.redirect_stdout(io.StringIO()):
             (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
     except Exception as error:  # noqa: BLE001 (that is what Keras raises)
-        reason = f"{error}; if a download broke off, delete {name.split('_')[0]}* in Keras' cache"
-        raise RunError(f"Keras has no {name} to give: {reason}") from None
+        remedy = f"if a download broke off, delete {keras_home() / 'datasets' / name[:5]}*"
+        raise RunError(f"Keras has no {name} to give: {error}; {remedy}") from None
     finally:
         socket.setdefaulttimeout(limit)
     return as_dataset(images, labels.ravel(), name, test_images, settings)
@@ -324,11 +334,9 @@ def load_path(path, settings=Settings()):
     """
     path = Path(path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if sets := [file for file in files if IDX_IMAGES.search(file.name)]:
-        images, labels, test_images = _load_idx(sets)
-    else:
-        load = _load_pictures if path.is_dir() else _load_npz
-        images, labels, test_images = load(path, settings)
+    sets = [file for file in files if IDX_IMAGES.search(file.name)]
+    load = _load_idx if sets else _load_pictures if path.is_dir() else _load_npz
+    images, labels, test_images = load(sets or path, settings)
     name = path.resolve().name + "/" * path.is_dir()  # a folder called mnist is not MNIST
     return as_dataset(images, labels, name, test_images, settings)
 
@@ -339,7 +347,7 @@ def _reading(path, kind):
         yield
     except Exception as error:  # noqa: BLE001 (parsers of files raise half a dozen kinds)
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UsageError(f"{path} is no {kind} that can be read: {reason}") from None
+        raise UsageError(f"{path} is no {kind} to be read: {' '.join(reason.split())}") from None
 
 
 def _bound(size, what, largest=math.inf):
@@ -375,7 +383,7 @@ def _load_npz(path, settings):
     return images, labels, test_images
 
 
-def _load_idx(sets):
+def _load_idx(sets, settings):
     sets = [path for path in sets if "train" in path.name] or sets
     name = sets[0].name.removesuffix(".gz")
     if any(path.name.removesuffix(".gz") != name for path in sets):
@@ -404,11 +412,11 @@ def _read_idx(path):
 
 
 def _load_pictures(folder, settings):
-    classes = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    classes = [path for path in folder.glob("[!.]*") if path.is_dir()]
     classes.sort(key=lambda path: (path.name.isdecimal() and int(path.name), path.name))
     paths, labels = [], []
     for label, place in enumerate(classes or [folder]):
-        found = [path for path in sorted(place.iterdir()) if path.suffix.lower() in PICTURES]
+        found = [path for path in sorted(place.glob("[!.]*")) if path.suffix.lower() in PICTURES]
         if not found:
             raise UsageError(f"{place} holds no picture: {' '.join(sorted(PICTURES))}")
         paths += found
@@ -431,8 +439,8 @@ def _read_picture(path, settings, shape=None):
             picture.draft(None, 2 * [2 * settings.image_size])
         image = _fitted(ImageOps.exif_transpose(picture), settings)
     if image.shape != (shape or image.shape):
-        sizes = f"{image.shape}, but others {shape}"
-        raise UsageError(f"{path} is {sizes}: --image-size or --image-colour makes them alike")
+        remedy = "--image-size or --image-colour makes them alike"
+        raise UsageError(f"{path} is {image.shape}, but others are {shape}: {remedy}")
     return image
 
 
@@ -484,7 +492,7 @@ def _as_images(images, name, settings):
     height, width = 2 * [settings.image_size] if settings.image_size else (height, width)
     known = images.dtype == np.uint8 and channels in (1, 3) and images.size
     if not known or not 4 <= height == width:
-        form = "uint8 (N, H, H) or (N, H, H, 1 or 3), H at least 4 (--image-size makes them square)"
+        form = "uint8 (N, H, H) or (N, H, H, 1 or 3), H at least 4 (--image-size makes them so)"
         raise UsageError(f"{name} must be {form}, but is {images.dtype} {images.shape}")
     channels = {"auto": channels, "grey": 1, "colour": 3}[settings.image_colour]
     if images.shape[1:] == (height, width, channels):
@@ -1371,11 +1379,18 @@ def classes_to_draw(generator, count, digits=None):
     classes = classes_of(generator)
     if digits is None:
         return (np.arange(count) % max(1, classes)).astype(np.uint8)
-    labels = np.tile([int(digit) for digit in digits], count)
-    if not 0 <= labels.min(initial=classes) <= labels.max(initial=0) < classes:
+    labels = [int(digit) for digit in digits]
+    if not labels or not set(labels) <= set(range(classes)):
         known = f"the classes 0 to {classes - 1}" if classes else "no classes"
         raise UsageError(f"this generator cannot draw {digits!r}: it knows {known}")
-    return labels.astype(np.uint8)
+    return np.tile(labels, count).astype(np.uint8)
+
+
+def draw_random(generator, count, digits=None, seed=None):
+    """Return images as `generate` does, and their classes uint8 (N,)."""
+    labels = classes_to_draw(generator, count, digits)
+    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    return draw(generator, latent_points(generator, len(labels), seed), labels), labels
 
 
 def generate(generator, count, digits=None, seed=None):
@@ -1383,9 +1398,7 @@ def generate(generator, count, digits=None, seed=None):
 
     Without a seed each call draws others. Raises UsageError for digits the generator can't draw.
     """
-    labels = classes_to_draw(generator, count, digits)
-    seed = int.from_bytes(os.urandom(3), "big") if seed is None else seed
-    return draw(generator, latent_points(generator, len(labels), seed), labels)
+    return draw_random(generator, count, digits, seed)[0]
 
 
 def draw_grid(generator, seed):
@@ -1643,7 +1656,7 @@ class Run(NamedTuple):
 
     def samples(self, count):
         """Return images (count, H, W, C), their classes in turn, from the same points always."""
-        return generate(self.state.average, count, seed=self.settings.seed)
+        return draw_random(self.state.average, count, seed=self.settings.seed)[0]
 
 
 def train(dataset=None, epochs=None, settings=Settings(), resume=False):
@@ -1888,10 +1901,10 @@ def _save_walk(path, images, columns):
 
 
 WRITERS = {  # by the ending of --output
-    ".png": lambda path, images, labels, columns: save_grid(path, images, columns),
-    ".npz": lambda path, images, labels, columns: _save_npz(path, images, labels),
-    ".gif": lambda path, images, labels, columns: _save_walk(path, images, columns),
-    "": lambda path, images, labels, columns: save_pictures(path, images, labels),
+    ".png": lambda path, images, _, columns: save_grid(path, images, columns),
+    ".npz": lambda path, images, labels, _: _save_npz(path, images, labels),
+    ".gif": lambda path, images, _, columns: _save_walk(path, images, columns),
+    "": lambda path, images, labels, _: save_pictures(path, images, labels),
 }
 
 

@@ -16,6 +16,7 @@ NAMES = ("x_train", "y_train", "x_test", "y_test")
 FAKE = dict(zip(NAMES, (*synthetic_digits(40, seed=1), *synthetic_digits(20, seed=2)), strict=True))
 GOOD = npz_bytes(FAKE)
 WRONG = npz_bytes({**FAKE, "y_test": FAKE["y_test"][::-1].copy()})
+WORDS = npz_bytes({**FAKE, "y_test": np.array(["seven"])})
 
 
 class Mirror(BaseHTTPRequestHandler):
@@ -189,7 +190,7 @@ def test_a_recompressed_cache_is_as_good(cache, mirrors, server):
     assert server.asked == []
 
 
-@pytest.mark.parametrize("damaged", [WRONG, GOOD[:-500], b"", b"PK\x03\x04 nonsense"])
+@pytest.mark.parametrize("damaged", [WRONG, WORDS, GOOD[:-500], b"", b"PK\x03\x04 nonsense"])
 def test_a_damaged_cache_is_downloaded_again(damaged, cache, mirrors):
     mirrors("good")
     cache.parent.mkdir()

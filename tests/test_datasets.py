@@ -62,6 +62,7 @@ def test_subfolders_of_pictures_are_classes_in_order(images, shape, tmp_path):
     for label, name in enumerate(("2", "9", "10")):
         write_pictures(tmp_path / "mine" / name, images[TIMES == label])
     (tmp_path / "mine" / "9" / "notes.txt").write_text("not a picture")
+    (tmp_path / "mine" / "9" / "._0.png").write_bytes(b"what macOS leaves")
     (tmp_path / "mine" / ".hidden").mkdir()
     dataset = load(tmp_path / "mine")
     assert np.array_equal(dataset.labels, np.sort(TIMES)) and dataset.labels.dtype == np.uint8
@@ -156,8 +157,9 @@ def test_arrays_are_cut_to_the_middle_square(tmp_path):
     wide = np.zeros((3, 10, 30), np.uint8)
     wide[:, :, 10:20] = 200
     np.savez(tmp_path / "wide.npz", images=wide)
-    images = load(tmp_path / "wide.npz", image_size=5).images
+    images, _, name, _ = load(tmp_path / "wide.npz", image_size=5)
     assert images.shape == (3, 5, 5, 1) and images.min() > 170
+    assert name == "wide.npz 5x5x1"
 
 
 # ----- From Keras
@@ -241,7 +243,7 @@ def an_enormous_picture(folder):
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
     )
-    return folder / "cats", ["00.png"]
+    return folder / "cats", ["00.png", "pixels"]
 
 
 def a_16_bit_picture(folder):
@@ -251,6 +253,12 @@ def a_16_bit_picture(folder):
 def a_program_for_a_picture(folder):
     write_pictures(folder / "cats", ())
     (folder / "cats" / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    return folder / "cats", ["a.png"]
+
+
+def a_picture_of_a_kind_not_let_in(folder):
+    write_pictures(folder / "cats", ())
+    Image.fromarray(GREY[0]).save(folder / "cats" / "a.png", "TIFF")
     return folder / "cats", ["a.png"]
 
 
@@ -323,8 +331,13 @@ def an_array_of_a_large_claim(folder):
     return an_npz(folder, zip_bytes(**{"images.npy": npy_bytes((10**6, 28, 28), body=b"x")}))
 
 
+def an_array_of_an_enormous_header(folder):
+    return an_npz(folder, zip_bytes(**{"images.npy": npy_bytes((4,) * 15_000)}))
+
+
 def an_npz_with_a_path(folder):
-    return an_npz(folder, zip_bytes(**{"../images.npy": npy_bytes((1, 4, 4), body=bytes(16))}))
+    sound = npy_bytes((1, 4, 4), body=bytes(16))
+    return an_npz(folder, zip_bytes(**{"images.npy": sound, "../images.npy": sound}))
 
 
 def an_npz_with_a_text(folder):
@@ -338,7 +351,8 @@ def nothing(folder):
 REFUSED = [
     *(an_empty_folder, an_empty_class, mixed_sizes, mixed_colours, not_square, too_small),
     *(an_unreadable_picture, a_truncated_picture, an_enormous_picture, a_16_bit_picture),
-    *(a_program_for_a_picture, idx_shorter_than_its_header, idx_longer_than_its_header),
+    *(a_program_for_a_picture, a_picture_of_a_kind_not_let_in, an_array_of_an_enormous_header),
+    *(idx_shorter_than_its_header, idx_longer_than_its_header),
     *(idx_of_an_enormous_claim, idx_of_a_large_claim, idx_of_floats, idx_without_a_header),
     *(idx_not_zipped, a_gzip_bomb, several_idx_sets, labels_of_another_length),
     *(unseen_images_of_another_shape, an_array_of_an_enormous_claim, an_array_of_a_large_claim),

@@ -13,7 +13,8 @@ from conftest import ROOT, environment, files_in, run, run_batch
 import gan_mnist
 
 NAMES = (
-    *("EPOCHS", "MAX_MINUTES", "BATCH_SIZE", "SEED", "DATASET", "ARCHITECTURE", "CONDITIONAL"),
+    *("EPOCHS", "MAX_MINUTES", "BATCH_SIZE", "SEED", "DATASET", "IMAGE_SIZE"),
+    *("IMAGE_COLOUR", "ARCHITECTURE", "CONDITIONAL"),
     *("LATENT_DIM", "GENERATOR_WIDTHS", "DISCRIMINATOR_WIDTHS", "LOSS", "R1", "R2"),
     *("GENERATOR_LEARNING_RATE", "DISCRIMINATOR_LEARNING_RATE", "BETA_1", "BETA_2"),
     *("EMA_DECAY", "PRECISION", "INCEPTION", "EVALUATION_IMAGES", "EVALUATE_EVERY"),
@@ -25,6 +26,8 @@ BAD_VALUES = {  # flag: values, and a word that says what is allowed
     "max-minutes": (["-1", "inf", "nan", "soon"], "number"),
     "batch-size": (["0", "-1", "1e9"], "number"),
     "seed": (["-1", "x"], "number"),
+    "image-size": (["-1", "x", "9999"], "number"),
+    "image-colour": (["sepia"], "grey"),
     "architecture": (["transformer"], "dense"),
     "conditional": (["maybe", "2"], "true"),
     "latent-dim": (["0"], "number"),
