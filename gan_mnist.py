@@ -101,6 +101,7 @@ class _ImportedOnFirstUse:
 
 
 h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
+scipy = _ImportedOnFirstUse("scipy")
 PILLOW = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps")
 Image, ImageDraw, ImageFont, ImageOps = map(_ImportedOnFirstUse, PILLOW)
 
@@ -930,7 +931,8 @@ def load_ruler(settings, dataset):
         if not is_mnist_like:
             print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
     ruler = RULERS[kind](dataset)
-    if kind == "mnist" and _digest(dataset.images) == MNIST_DIGESTS["x_train"]:
+    is_mnist = hashlib.sha256(dataset.images.tobytes()).hexdigest() == MNIST_DIGESTS["x_train"]
+    if kind == "mnist" and is_mnist:
         shipped = read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz")
         return ruler._replace(mean=shipped["mean"], covariance=shipped["covariance"])
     mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
@@ -976,7 +978,10 @@ def _outputs_of(network):
 
 
 def _imagenet_ruler(_):
-    graph = _cached_download("inception-2015-12-05.tgz", IMAGENET_MIRRORS, _read_graph)
+    path = keras_home() / "gan_mnist" / "inception-2015-12-05.tgz"
+    graph = cached_download(path, IMAGENET_MIRRORS, _read_graph)
+    if graph is None:
+        raise RunError(f"the Inception graph is neither at {path} nor to be had from a mirror")
     with tf.Graph().as_default() as whole:
         images = tf.compat.v1.placeholder(tf.uint8, (None, None, None, 3))
         # Bytes go in where a decoded picture would; the graph itself resizes them to 299x299.
@@ -1018,30 +1023,9 @@ def _read_graph(path):
 RULERS = {"auto": _trained_ruler, "mnist": _shipped_ruler, "imagenet": _imagenet_ruler}
 
 
-def _kept(name):
-    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"), "gan_mnist", name)
-
-
-def _cached_download(name, mirrors, read):
-    path = _kept(name)
-    if path.exists():
-        with contextlib.suppress(UsageError):
-            return read(path)
-        print(f"{path} is damaged; downloading it again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for url, answer in _mirrors_that_answer(mirrors):
-        try:
-            with answer.result() as response, replacing(path) as partial:
-                _save_response(response, partial)
-                return read(partial)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            print(f"{url}: {error}")
-    raise RunError(f"{path} is not there and not to be had from a mirror")
-
-
 def _cached(name, make, use):
     """Return use(arrays) of a kept .npz; what is missing or damaged is made anew by make()."""
-    path = _kept(name)
+    path = keras_home() / "gan_mnist" / name
     if path.exists():
         try:
             return use(read_npz(path))
@@ -1058,10 +1042,8 @@ def _cached(name, make, use):
 
 
 def _digest(*arrays):
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    parts = (hashlib.sha256(np.ascontiguousarray(array).data).digest() for array in arrays)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def reference_outputs(ruler, images):
@@ -1081,10 +1063,10 @@ def measure(ruler, images):
     batches = np.concatenate([images, padding]).reshape(-1, ruler.batch, *images.shape[1:])
     is_shown, measured = sys.stdout.isatty(), []
     bar = keras.utils.Progbar(len(batches), unit_name="batch measured", verbose=is_shown)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for number, outputs in enumerate(pool.map(ruler.outputs, batches), 1):
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        for outputs in pool.imap(ruler.outputs, batches):
             measured.append([np.asarray(output) for output in outputs])
-            bar.update(number, finalize=False)
+            bar.update(len(measured), finalize=False)
     print("\r\033[K" * is_shown, end="", flush=True)
     return tuple(np.concatenate(part)[: len(images)] for part in zip(*measured, strict=True))
 
@@ -1122,13 +1104,11 @@ def inception_score(probabilities, splits=10):
     From class probabilities (N, K): 1 to K, higher is better (arXiv 1606.03498). Raises
     ValueError for fewer images than splits.
     """
-    from scipy.special import rel_entr
-
     probabilities = np.asarray(probabilities, np.float64)
     if len(probabilities) < splits:
         raise ValueError(f"{len(probabilities)} images cannot be split into {splits}")
     scores = [
-        np.exp(rel_entr(part, part.mean(axis=0)).sum(axis=1).mean())
+        np.exp(scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1).mean())
         for part in np.array_split(probabilities, splits)
     ]
     return float(np.mean(scores)), float(np.std(scores))
@@ -1210,8 +1190,8 @@ def _map_distances(function, points, others):
         rows += (part**2).sum(axis=1)[:, np.newaxis]
         return function(np.maximum(rows, 0, out=rows))
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return list(pool.map(apply, range(0, len(points), 500)))
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        return pool.map(apply, range(0, len(points), 500), chunksize=1)
 
 
 def nearest(points, others):
@@ -1244,15 +1224,13 @@ def frechet_interval(features, mean, covariance, classes=None):
 
 
 def class_divergence(classes, real_classes):
-    """Return the Kullback-Leibler divergence of classes (N,) from the real ones, in nats.
+    """Return the Kullback-Leibler divergence of classes (N,) from real ones, in nats; 0 is best.
 
-    0 is best. One image more in each real class keeps it finite.
+    One image more in each real class keeps it finite.
     """
-    from scipy.special import rel_entr
-
-    size = 1 + max(classes.max(), real_classes.max())
-    drawn, real = (np.bincount(x, minlength=size) for x in (classes, real_classes))
-    return float(rel_entr(drawn / drawn.sum(), (real + 1) / (real + 1).sum()).sum())
+    drawn = np.bincount(classes, minlength=1 + real_classes.max())
+    real = np.bincount(real_classes, minlength=len(drawn)) + 1
+    return float(scipy.special.rel_entr(drawn / drawn.sum(), real / real.sum()).sum())
 
 
 def frechet_distance_per_class(features, classes, real_features, real_classes):
@@ -1439,6 +1417,7 @@ def save_neighbours(path, images, neighbours):
     """Write a PNG of images (N, H, W, C), each to the left of its nearest training image."""
     gap = np.full_like(images[:, :, : images.shape[2] // 4], 255)
     pairs = np.concatenate([images, neighbours, gap], axis=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_grid(path, pairs, 5, "Left: measured. Right: the training image with the nearest features")
 
 
@@ -1937,47 +1916,41 @@ def _generate_command(settings, options):
 
 
 REPORT = (  # what `evaluate` prints: a name, its value, how to read it
+    ("Inception score", "{inception_score:.3f} ± {inception_score_std:.3f}", "higher is better"),
+    ("FID", "{fid:.3f}", "0 and up, lower is better"),
     (
-        "Inception score",
-        "{inception_score:.3f} ± {inception_score_std:.3f}",
-        "1 to all classes: up",
-    ),
-    ("FID", "{fid:.3f}", "0 and up; lower is better"),
-    (
-        "  95 % interval",
+        "  its 95 % interval",
         "{fid_interval[0]:.3f} to {fid_interval[1]:.3f}",
-        "at this count of images",
+        "at this many images",
     ),
-    ("KID", "{kid:.5f} ± {kid_std:.5f}", "near 0 for real images; lower is better"),
-    ("precision", "{precision:.3f}", "0 to 1, how many look real; higher is better"),
-    ("recall", "{recall:.3f}", "0 to 1, how much of the data is drawn; higher is better"),
-    ("density", "{density:.3f}", "near 1 for real images; higher is better"),
-    ("coverage", "{coverage:.3f}", "0 to 1, how many real ones have one near; higher is better"),
-    ("classes covered", "{classes_covered:d}", "with a tenth of an even share; higher is better"),
-    ("divergence", "{class_divergence:.4f} nats", "of the classes' shares; lower is better"),
-    ("memorisation", "{memorisation:.3f}", "1: as new as test images are; towards 0: copies"),
+    ("KID", "{kid:.5f} ± {kid_std:.5f}", "about 0 for real ones, lower is better"),
+    ("precision", "{precision:.3f}", "0 to 1, look real, higher is better"),
+    ("recall", "{recall:.3f}", "0 to 1, data drawn, higher is better"),
+    ("density", "{density:.3f}", "about 1 for real ones, higher is better"),
+    ("coverage", "{coverage:.3f}", "0 to 1, data met, higher is better"),
+    ("classes covered", "{classes_covered:d}", "by a tenth of an even share or more"),
+    ("divergence", "{class_divergence:.4f} nats", "of class shares, 0 is best"),
+    ("memorisation", "{memorisation:.3f}", "1: new as test images, to 0: copies"),
 )
 
 
 def _evaluate_command(settings, options):
     if "images" in options and "checkpoint" in options:
         raise UsageError("--images and --checkpoint exclude each other")
-    count = options.get("count", settings.evaluation_images)
+    path = options.get("images") or options.get("checkpoint", default_generator(settings))
     if "images" in options:
-        path = options["images"]
         images, labels, *_ = load_path(path, settings)
-        chosen = slice(options.get("count"))
-        images, labels = images[chosen], labels if labels is None else labels[chosen]
     else:
-        path = options.get("checkpoint", default_generator(settings))
         generator = load_generator(path, settings)
+        count = options.get("count", settings.evaluation_images)
         images, labels = draw_random(generator, count, seed=settings.seed)
         labels = labels if classes_of(generator) else None
     _refuse_unwritable(settings.samples_dir)
-    page = Path(settings.samples_dir, "neighbours.png")
-    page.parent.mkdir(parents=True, exist_ok=True)
+    some, page = slice(options.get("count")), Path(settings.samples_dir, "neighbours.png")
+    labels = labels if labels is None else labels[some]
     with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else
-        metrics = {"measured": str(path), **evaluate_images(images, settings, labels, page)}
+        metrics = evaluate_images(images[some], settings, labels, page)
+    metrics |= {"measured": str(path), "page": str(page)}
     print(json.dumps(metrics) if "json" in options else _in_words(metrics))
 
 
@@ -1986,12 +1959,12 @@ def _in_words(metrics):
     lines.append("against {dataset}, measured by {inception}\n".format(**metrics))
     for name, value, words in REPORT:
         with contextlib.suppress(TypeError):  # None, which cannot be had, has no digits
-            lines.append(f"{name:16} {value.format(**metrics):18} {words}")
+            lines.append(f"{name:19} {value.format(**metrics):18} {words}")
     shares, distances = metrics["class_shares"] or (), metrics["fid_per_class"] or ()
     for number, pair in enumerate(itertools.zip_longest(shares, distances)):
         share, distance = ("-" if x is None else f"{x:.3f}" for x in pair)
-        lines.append(f"class {number:<10} share {share}, FID {distance}")
-    return "\n".join(lines)
+        lines.append(f"class {number:<13} share {share}, FID {distance}")
+    return "\n".join([*lines, "\nBeside the nearest training images: {page}".format(**metrics)])
 
 
 def _inception_command(settings, options):
@@ -2023,7 +1996,7 @@ OPTIONS = {  # beside the settings: the commands that take it, and what argparse
     "count": ("generate evaluate", {"type": int, "help": "images, or rows of --digits"}),
     "digits": ("generate", {"help": "classes to draw, like 2026 [each in turn]"}),
     "output": ("generate", {"help": ".png grid, .npz, .gif walk or a folder for PNGs"}),
-    "images": ("evaluate", {"help": "an .npz of images to measure instead"}),
+    "images": ("evaluate", {"help": "an .npz or a folder to measure instead"}),
     "json": ("evaluate", {"action": "store_true", "help": "print JSON"}),
 }
 
