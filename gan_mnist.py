@@ -49,7 +49,7 @@ EMA_DECAY = 0.999  # of the averaged generator, which is sampled and saved [0..0
 PRECISION = "auto"  # of products; auto: what the processor has [auto|float32|bfloat16]
 
 # The measuring
-INCEPTION = "mnist"  # network behind the Inception score and FID [mnist]
+INCEPTION = "auto"  # network that measures; auto: one that reads the data [auto|mnist|imagenet]
 EVALUATION_IMAGES = 10_000  # drawn for each measurement [100..1000000]
 EVALUATE_EVERY = 1  # epochs between measurements [1..1000000]
 SAMPLE_EVERY = 1  # epochs between picture grids [1..1000000]
@@ -75,6 +75,7 @@ import shutil
 import signal
 import socket
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -96,6 +97,7 @@ class _ImportedOnFirstUse:
 
 
 h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
+scipy = _ImportedOnFirstUse("scipy")
 PILLOW = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps")
 Image, ImageDraw, ImageFont, ImageOps = map(_ImportedOnFirstUse, PILLOW)
 
@@ -837,23 +839,34 @@ def update_average(state, decay):
 
 INCEPTION_NAME = "mnist_inception_1"  # other weights, other name: FID is another number then
 INCEPTION_EPOCHS = 14
-INCEPTION_BATCH = 500  # images measured at once
+INCEPTION_IMAGES = 240_000  # that another data set's network learns from, repeats counted
+NEIGHBOUR_IMAGES = 10_000  # at most, whose neighbours are looked at: time grows with the square
+IMAGENET = "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"
+IMAGENET_MIRRORS = (f"http://{IMAGENET}", f"https://storage.googleapis.com/{IMAGENET}")
+LARGEST_GRAPH = 300 * 2**20  # bytes, unpacked
+HARMLESS_OPS = re.compile(  # what a frozen graph may do: none of these touches a file
+    "Const|Placeholder|Identity|NoOp|CheckNumerics|DecodeJpeg|Cast|ExpandDims|Squeeze|Reshape|"
+    "ResizeBilinear|Add|Sub|Mul|Conv2D|BiasAdd|BatchNormWithGlobalNormalization|Relu|MaxPool|"
+    "AvgPool|Concat|MatMul|Softmax"
+)
 
 
-def build_inception():
-    """Return an untrained Inception network (arXiv 1409.4842) for small grey images.
+def build_inception(image_shape=(28, 28, 1), classes=10):
+    """Return an untrained Inception network (arXiv 1409.4842) for small images.
 
-    Images (N, 28, 28, 1) in [-1, 1] to [pooled features (N, 160), class probabilities (N, 10)].
+    Images (N, H, W, C) in [-1, 1] to [pooled features (N, 160), class probabilities (N, K)]. Its
+    first layer strides larger images down to about 14x14, so that they take little longer.
     """
-    image = keras.Input((28, 28, 1))
-    hidden = _convolution(image, 32, 5, strides=2)
+    image = keras.Input(image_shape)
+    stride = max(1, min(image_shape[:2]) // 14)
+    hidden = _convolution(image, 32, 2 * stride + 1, strides=stride)
     hidden = _inception_block(hidden, 16, (16, 24), (8, 12), 12)
-    hidden = keras.layers.MaxPooling2D(2)(hidden)
+    hidden = keras.layers.MaxPooling2D(2, padding="same")(hidden)
     hidden = _inception_block(hidden, 32, (32, 48), (16, 24), 24)
     hidden = _inception_block(hidden, 32, (32, 64), (16, 32), 32)
     features = keras.layers.GlobalAveragePooling2D(name="features")(hidden)
-    probabilities = keras.layers.Dense(10, activation="softmax", name="probabilities")(features)
-    return keras.Model(image, [features, probabilities], name=INCEPTION_NAME)
+    dense = keras.layers.Dense(classes, activation="softmax", name="probabilities")
+    return keras.Model(image, [features, dense(features)], name="inception")
 
 
 def _convolution(hidden, filters, size, strides=1):
@@ -871,70 +884,195 @@ def _inception_block(hidden, one, three, five, pooled):
     return keras.layers.Concatenate()(branches)
 
 
-def train_inception(arrays, epochs=INCEPTION_EPOCHS):
-    """Return an Inception network trained on MNIST's arrays, and its accuracy on the test images.
+def train_inception(training, test, epochs=INCEPTION_EPOCHS):
+    """Return an Inception network trained on `training`, and its accuracy on `test`.
 
-    The training images are turned, moved and zoomed at random.
+    Both are uint8 images (N, H, W, C) and labels (N,). The training images are turned, moved and
+    zoomed at random.
     """
     keras.utils.set_random_seed(0)
-    inception = build_inception()
+    inception = build_inception(training[0].shape[1:], int(training[1].max()) + 1)
     edge = {"fill_mode": "constant", "fill_value": -1.0}
     layers = [
-        keras.Input((28, 28, 1)),
         keras.layers.Rescaling(1 / 127.5, offset=-1),
         keras.layers.RandomRotation(0.03, **edge),
         keras.layers.RandomTranslation(0.08, 0.08, **edge),
         keras.layers.RandomZoom((-0.12, 0.12), (-0.12, 0.12), **edge),
         keras.Model(inception.input, inception.output[1]),
     ]
-    classifier = keras.Sequential(layers)
-    steps = math.ceil(len(arrays["x_train"]) / 128)
-    schedule = {"warmup_target": 4e-3, "warmup_steps": steps}
-    rate = keras.optimizers.schedules.CosineDecay(0.0, (epochs - 1) * steps, **schedule)
+    classifier = keras.Sequential([keras.Input(training[0].shape[1:]), *layers])
+    steps = epochs * math.ceil(len(training[0]) / 128)
+    schedule = {"warmup_target": 4e-3, "warmup_steps": steps // 14}
+    rate = keras.optimizers.schedules.CosineDecay(0.0, steps - steps // 14, **schedule)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.02)
     classifier.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    images, test_images = (
-        arrays[name][..., np.newaxis].astype(np.float32) for name in ("x_train", "x_test")
-    )
-    classifier.fit(images, arrays["y_train"], batch_size=128, epochs=epochs)
-    return inception, classifier.evaluate(test_images, arrays["y_test"], verbose=0)[1]
+    verbose = 1 if sys.stdout.isatty() else 2  # a bar or a line
+    classifier.fit(*training, batch_size=128, epochs=epochs, verbose=verbose)
+    return inception, classifier.evaluate(*test, verbose=0)[1]
 
 
 class Ruler(NamedTuple):
     """A network that measures images, and the mean and covariance of what it sees in real ones."""
 
     name: str
-    outputs: callable  # uint8 (M, 500, H, W, C) to features (M, 500, F), probabilities (M, 500, K)
-    mean: np.ndarray  # float64 (F,)
-    covariance: np.ndarray  # float64 (F, F)
+    outputs: callable  # uint8 (batch, H, W, C) to features (batch, F), probabilities (batch, K)
+    batch: int = 100  # images at once
+    reads_classes: bool = True  # that are the data's: ImageNet's are not
+    mean: np.ndarray = None  # float64 (F,)
+    covariance: np.ndarray = None  # float64 (F, F)
 
 
 def load_ruler(settings, dataset):
-    """Return the Ruler for `dataset`: shipped statistics for MNIST, else those of its images."""
+    """Return the Ruler that `settings.inception` means for `dataset`.
+
+    "mnist" is the shipped one, "imagenet" that of the papers, "auto" the shipped one for MNIST and
+    for images without classes, else one that is trained at first use. All that this trains,
+    downloads or measures is kept in the folder gan_mnist of the Keras home.
+    """
+    kind, is_mnist_like = settings.inception, dataset.name in ("mnist", "stand-in")
+    if kind == "auto" and (is_mnist_like or dataset.labels is None or not dataset.labels.any()):
+        kind = "mnist"
+        if not is_mnist_like:
+            print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
+    ruler = RULERS[kind](dataset)
+    is_mnist = hashlib.sha256(dataset.images.tobytes()).hexdigest() == MNIST_DIGESTS["x_train"]
+    if kind == "mnist" and is_mnist:
+        shipped = read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz")
+        return ruler._replace(mean=shipped["mean"], covariance=shipped["covariance"])
+    mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
+    return ruler._replace(mean=mean, covariance=covariance)
+
+
+def _shipped_ruler(_):
     network = load_keras(HERE / "weights" / f"{INCEPTION_NAME}.h5")
+    return Ruler(INCEPTION_NAME, _outputs_of(network))
+
+
+def _trained_ruler(dataset):
+    images, labels = dataset.images, dataset.labels
+    network = build_inception(images.shape[1:], int(labels.max()) + 1)
+
+    def train():
+        print(f"Training a network to read {dataset.name}, to measure with. This happens once.")
+        order = np.random.default_rng(0).permutation(len(images))[:INCEPTION_IMAGES]
+        test, training = np.split(order, [math.ceil(len(order) / 10)])
+        epochs = max(1, min(20, INCEPTION_IMAGES // max(1, len(training))))
+        parts = [(images[part], labels[part]) for part in (training, test)]
+        trained, accuracy = train_inception(*parts, epochs)
+        print(f"It reads {accuracy:.1%} right of {len(test):,} images that it never saw.")
+        return {f"{number:03d}": weight for number, weight in enumerate(trained.get_weights())}
+
+    name = f"inception_{_digest(np.array(images.shape), images, labels)[:16]}.npz"
+    _cached(name, train, lambda arrays: network.set_weights([arrays[x] for x in sorted(arrays)]))
+    return Ruler(f"inception_{_digest(*network.get_weights())[:8]}", _outputs_of(network))
+
+
+def _outputs_of(network):
+    height, width, channels = network.input_shape[1:]
 
     @tf.function
-    def outputs(batches):
-        return tf.map_fn(
-            lambda images: tuple(network(tf.cast(images, tf.float32) / 127.5 - 1)),
-            batches,
-            fn_output_signature=(tf.float32, tf.float32),
-            parallel_iterations=2,  # a batch a core
-        )
+    def outputs(images):
+        images = tf.cast(images, tf.float32)
+        if images.shape[1:] != (height, width, channels):  # the shipped network, others' images
+            grey = tf.reduce_mean(images, axis=-1, keepdims=True)
+            images = tf.image.resize(grey, (height, width), antialias=True)
+        return network(images / 127.5 - 1, training=False)
 
-    if dataset.name == "mnist":
-        shipped = read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz")
-        return Ruler(INCEPTION_NAME, outputs, shipped["mean"], shipped["covariance"])
-    features, _ = measure(outputs, dataset.images)
-    return Ruler(INCEPTION_NAME, outputs, *feature_statistics(features))
+    return outputs
 
 
-def measure(outputs, images):
+def _imagenet_ruler(_):
+    path = keras_home() / "gan_mnist" / "inception-2015-12-05.tgz"
+    graph = cached_download(path, IMAGENET_MIRRORS, _read_graph)
+    if graph is None:
+        raise RunError(f"the Inception graph is neither at {path} nor to be had from a mirror")
+    with tf.Graph().as_default() as whole:
+        images = tf.compat.v1.placeholder(tf.uint8, (None, None, None, 3))
+        # Bytes go in where a decoded picture would; the graph itself resizes them to 299x299.
+        pixels, wanted = {"ExpandDims:0": tf.cast(images, tf.float32)}, "softmax/logits/MatMul"
+        pool, product = tf.graph_util.import_graph_def(graph, pixels, ["pool_3:0", wanted])
+        features = tf.reshape(pool, (-1, 2048))
+        # Without the last layer's bias, over all 1,008 outputs: as arXiv 1606.03498's own code.
+        probabilities = tf.nn.softmax(features @ product.inputs[1])
+    session = tf.compat.v1.Session(graph=whole)
+
+    def outputs(batch):
+        batch = batch if batch.shape[-1] == 3 else batch.repeat(3, axis=-1)
+        return session.run((features, probabilities), {images: batch})
+
+    return Ruler("imagenet_inception_2015", outputs, batch=25, reads_classes=False)
+
+
+def _read_graph(path):
+    try:
+        with gzip.open(path) as file:  # in memory: nothing is unpacked to disk, whatever its name
+            content = io.BytesIO(file.read(LARGEST_GRAPH))
+        with tarfile.open(fileobj=content) as archive:
+            member = archive.extractfile("classify_image_graph_def.pb")
+            graph = tf.compat.v1.GraphDef.FromString(member.read())
+        nodes = {node.name: node for node in graph.node}
+        shape = nodes["softmax/weights"].attr["value"].tensor.tensor_shape.dim
+        if [side.size for side in shape] != [2048, 1008] or "pool_3" not in nodes:
+            raise ValueError("its last layer is not 2048x1008")
+    except Exception as error:  # noqa: BLE001 (three parsers raise half a dozen kinds)
+        raise UsageError(f"{path} is not the Inception graph of 2015: {error}") from None
+    refused = {node.op for node in graph.node if not HARMLESS_OPS.fullmatch(node.op)}
+    if refused or graph.library.function:
+        raise UsageError(f"{path} holds what is not let in: {', '.join(sorted(refused))}")
+    for node in graph.node:
+        node.attr.pop("_output_shapes", None)  # they say batches of one
+    return graph
+
+
+RULERS = {"auto": _trained_ruler, "mnist": _shipped_ruler, "imagenet": _imagenet_ruler}
+
+
+def _cached(name, make, use):
+    """Return use(arrays) of a kept .npz; what is missing or damaged is made anew by make()."""
+    path = keras_home() / "gan_mnist" / name
+    if path.exists():
+        try:
+            return use(read_npz(path))
+        except (KeyError, ValueError) as error:
+            print(f"{path} is damaged and made anew: {error}")
+    arrays = make()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            np.savez(temporary, **arrays)
+    except OSError as error:
+        print(f"{path} cannot be kept: {error.strerror or error}")
+    return use(arrays)
+
+
+def _digest(*arrays):
+    parts = (hashlib.sha256(np.ascontiguousarray(array).data).digest() for array in arrays)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def reference_outputs(ruler, images):
+    """Return features (N, F) of real images and the classes (N,) read in them; both are kept."""
+
+    def make():
+        features, probabilities = measure(ruler, images)
+        return {"features": features, "classes": probabilities.argmax(axis=1)}
+
+    name = f"{ruler.name}_{_digest(np.array(images.shape), images)[:16]}.npz"
+    return _cached(name, make, lambda arrays: (arrays["features"], arrays["classes"]))
+
+
+def measure(ruler, images):
     """Return features float32 (N, F) and probabilities (N, K) of uint8 images (N, H, W, C)."""
-    padding = np.repeat(images[:1], -len(images) % INCEPTION_BATCH, axis=0)
-    batches = np.concatenate([images, padding]).reshape(-1, INCEPTION_BATCH, *images.shape[1:])
-    measured = (np.concatenate(output.numpy()) for output in outputs(batches))
-    return tuple(values[: len(images)] for values in measured)
+    padding = np.repeat(images[:1], -len(images) % ruler.batch, axis=0)
+    batches = np.concatenate([images, padding]).reshape(-1, ruler.batch, *images.shape[1:])
+    is_shown, measured = sys.stdout.isatty(), []
+    bar = keras.utils.Progbar(len(batches), unit_name="batch measured", verbose=is_shown)
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        for outputs in pool.imap(ruler.outputs, batches):
+            measured.append([np.asarray(output) for output in outputs])
+            bar.update(len(measured), finalize=False)
+    print("\r\033[K" * is_shown, end="", flush=True)
+    return tuple(np.concatenate(part)[: len(images)] for part in zip(*measured, strict=True))
 
 
 def feature_statistics(features):
@@ -970,13 +1108,11 @@ def inception_score(probabilities, splits=10):
     From class probabilities (N, K): 1 to K, higher is better (arXiv 1606.03498). Raises
     ValueError for fewer images than splits.
     """
-    from scipy.special import rel_entr
-
     probabilities = np.asarray(probabilities, np.float64)
     if len(probabilities) < splits:
         raise ValueError(f"{len(probabilities)} images cannot be split into {splits}")
     scores = [
-        np.exp(rel_entr(part, part.mean(axis=0)).sum(axis=1).mean())
+        np.exp(scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1).mean())
         for part in np.array_split(probabilities, splits)
     ]
     return float(np.mean(scores)), float(np.std(scores))
@@ -988,7 +1124,7 @@ def kernel_inception_distance(features_1, features_2, subsets=100, subset_size=1
     Kernel (x.y / F + 1)^3 on features (N, F), arXiv 1801.01401: 0 for equal distributions, may be
     slightly negative; lower is better. Raises ValueError for fewer than 2 images.
     """
-    sets = [np.asarray(features, np.float64) for features in (features_1, features_2)]
+    sets = [np.asarray(x, np.float64) / math.sqrt(x.shape[1]) for x in (features_1, features_2)]
     size = min(subset_size, *map(len, sets))
     if size < 2:
         raise ValueError("the kernel distance needs at least 2 images on each side")
@@ -996,10 +1132,16 @@ def kernel_inception_distance(features_1, features_2, subsets=100, subset_size=1
     distances = []
     for _ in range(subsets):
         x, y = (features[random.choice(len(features), size, replace=False)] for features in sets)
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
-        distances.append(within - 2 * xy.mean())
+        itself = sum((((part**2).sum(axis=1) + 1) ** 3).sum() for part in (x, y))
+        within = (_sum_of_kernels(x, x) + _sum_of_kernels(y, y) - itself) / (size * (size - 1))
+        distances.append(within - 2 * _sum_of_kernels(x, y) / size**2)
     return float(np.mean(distances)), float(np.std(distances))
+
+
+def _sum_of_kernels(x, y):
+    products = x @ y.T
+    products += 1
+    return np.vdot(products * products, products)  # ** 3 would take five times as long
 
 
 def precision_recall(real_features, generated_features, neighbours=3):
@@ -1009,62 +1151,172 @@ def precision_recall(real_features, generated_features, neighbours=3):
     generated: the balls around its points that reach their k-th neighbour. Raises ValueError
     where a side has no more than `neighbours` points.
     """
-    sets = [np.asarray(features, np.float64) for features in (real_features, generated_features)]
-    if min(map(len, sets)) <= neighbours:
+    real, generated = _centred(real_features, generated_features, neighbours)
+    around_real, _ = _balls_around(generated, real, neighbours)
+    around_generated, _ = _balls_around(real, generated, neighbours)
+    return float((around_real > 0).mean()), float((around_generated > 0).mean())
+
+
+def density_coverage(real_features, generated_features, neighbours=5):
+    """Return density, 0 and up, and coverage, 0 to 1; higher is better (arXiv 2002.09797).
+
+    How many of the real features' balls hold a generated one, over k, about 1 for real images; and
+    the share of those balls that hold any. Raises ValueError as precision_recall does.
+    """
+    real, generated = _centred(real_features, generated_features, neighbours)
+    balls, is_filled = _balls_around(generated, real, neighbours)
+    return float(balls.mean() / neighbours), float(is_filled.mean())
+
+
+def _centred(real, generated, neighbours):
+    if min(len(real), len(generated)) <= neighbours:
         raise ValueError(f"{neighbours} neighbours need at least {neighbours + 1} images a side")
-    real, generated = (features - sets[0].mean(axis=0) for features in sets)
-    return _share_within(generated, real, neighbours), _share_within(real, generated, neighbours)
+    return real - real.mean(axis=0), generated - real.mean(axis=0)
 
 
-def _share_within(points, manifold, neighbours):
-    nearest = (np.partition(rows, neighbours) for rows in _distances(manifold, manifold))
-    radii = np.concatenate([rows[:, neighbours] for rows in nearest])
-    within = [(rows <= radii).any(axis=1) for rows in _distances(points, manifold)]
-    return float(np.concatenate(within).mean())
+def _balls_around(points, centres, neighbours):
+    """Return in how many of the centres' balls each point lies, and which balls hold any."""
+    kth = [neighbours]  # in a list: a copy, so that the rest can go
+    parts = _map_distances(lambda x: np.partition(x, kth)[:, kth], centres, centres)
+    radii = np.concatenate(parts)[:, 0]
+    within = np.concatenate(_map_distances(lambda rows: rows <= radii, points, centres))
+    return within.sum(axis=1), within.any(axis=0)
 
 
-def _distances(points, others):
-    """Yield squared distances (1000, M), rows by thousands: all at once would take gigabytes."""
-    for start in range(0, len(points), 1000):
-        part = points[start : start + 1000]
-        squares = (part**2).sum(axis=1)[:, np.newaxis] + (others**2).sum(axis=1)
-        yield np.maximum(squares - 2 * part @ others.T, 0)
+def _map_distances(function, points, others):
+    """Return function(squared distances (500, M)) of 500 points at a time, two of them at once."""
+    turned, squares = -2 * others.T, (others**2).sum(axis=1)
+
+    def apply(start):
+        part = points[start : start + 500]
+        rows = part @ turned
+        rows += squares
+        rows += (part**2).sum(axis=1)[:, np.newaxis]
+        return function(np.maximum(rows, 0, out=rows))
+
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        return pool.map(apply, range(0, len(points), 500), chunksize=1)
+
+
+def nearest(points, others):
+    """Return which of `others` (M, F) is nearest to each of the points (N, F), and how far off."""
+    indices = np.concatenate(_map_distances(lambda rows: rows.argmin(axis=1), points, others))
+    return indices, np.linalg.norm(points - others[indices], axis=1)
+
+
+def frechet_interval(features, mean, covariance, classes=None):
+    """Return the ends of a 95 % interval about the Fréchet distance of features (N, F).
+
+    Two bootstrap deviations each way, by each image's pull on the distance (to first order that is
+    what resampling gives, without its bias: the infinitesimal jackknife). It is for the mean
+    distance of N such images; of infinitely many it is smaller. Where `classes` (N,) were asked
+    for, their shares are fixed. Near the distance of real images it is up to sqrt(2) too wide.
+    """
+    own_mean, own_covariance = feature_statistics(features)
+    centred, root = features - own_mean, _symmetric_root(covariance)
+    values, vectors = np.linalg.eigh(root @ own_covariance @ root)
+    is_there = values > 1e-12 * max(values.max(), 1e-12)
+    turned = centred @ (root @ vectors[:, is_there] / values[is_there] ** 0.25)
+    pulls = (centred**2 + 2 * centred * (own_mean - mean)).sum(axis=1) - (turned**2).sum(axis=1)
+    distance = ((own_mean - mean) ** 2).sum() + np.trace(own_covariance) + np.trace(covariance)
+    distance = max(0.0, float(distance - 2 * np.sqrt(values[is_there]).sum()))
+    classes = np.zeros(len(pulls)) if classes is None else classes
+    for number in np.unique(classes):
+        pulls[classes == number] -= pulls[classes == number].mean()
+    margin = 1.96 * float(np.linalg.norm(pulls)) / len(pulls)
+    return max(0.0, distance - margin), distance + margin
+
+
+def class_divergence(classes, real_classes):
+    """Return the Kullback-Leibler divergence of classes (N,) from real ones, in nats; 0 is best.
+
+    One image more in each real class keeps it finite.
+    """
+    drawn = np.bincount(classes, minlength=1 + real_classes.max())
+    real = np.bincount(real_classes, minlength=len(drawn)) + 1
+    return float(scipy.special.rel_entr(drawn / drawn.sum(), real / real.sum()).sum())
+
+
+def frechet_distance_per_class(features, classes, real_features, real_classes):
+    """Return the Fréchet distance within each class, None where a side has fewer than 2 images."""
+    distances = []
+    for number in range(1 + max(classes.max(), real_classes.max())):
+        sides = features[classes == number], real_features[real_classes == number]
+        statistics = [x for side in sides if len(side) > 1 for x in feature_statistics(side)]
+        distances.append(frechet_distance(*statistics) if len(statistics) == 4 else None)
+    return distances
 
 
 def quick_metrics(ruler, images):
     """Return what every epoch reports, by name, of uint8 images (N, H, W, C)."""
-    features, probabilities = measure(ruler.outputs, images)
-    score, deviation = inception_score(probabilities)
-    classes = probabilities.shape[1]
-    shares = np.bincount(probabilities.argmax(axis=1), minlength=classes) / len(images)
+    return _scores(ruler, *measure(ruler, images))
+
+
+def _scores(ruler, features, probabilities):
+    count, classes = probabilities.shape
+    score, deviation = inception_score(probabilities, min(10, count))
+    shares = np.bincount(probabilities.argmax(axis=1), minlength=classes) / count
     return {
         "inception_score": score,
         "inception_score_std": deviation,
         "fid": frechet_distance(*feature_statistics(features), ruler.mean, ruler.covariance),
         # Covered: at least a tenth of an even share, so that a stray image doesn't count.
-        "classes_covered": int((shares >= 0.1 / classes).sum()),
-        "class_shares": shares.tolist(),
+        "classes_covered": int((shares >= 0.1 / classes).sum()) if ruler.reads_classes else None,
+        "class_shares": shares.tolist() if ruler.reads_classes else None,
     }
 
 
-def evaluate_images(images, settings):
+def evaluate_images(images, settings, labels=None, page=None):
     """Return every metric by name for uint8 images (N, H, W, C), against `settings.dataset`.
 
-    Raises UsageError for fewer than 100 images or another shape or type.
+    `labels` (N,) are the classes that were asked for. What cannot be had is None. On `page`, a
+    path, come 20 images beside their nearest training images. Raises UsageError for fewer than 2
+    images, or of another shape than the data's.
     """
-    images = as_dataset(images).images
-    if len(images) < 100:
-        raise UsageError(f"{len(images)} images are too few to measure: 100 are the least")
-    dataset = load_dataset(settings)
+    images, dataset = as_dataset(images).images, load_dataset(settings)
+    if min(len(images), len(dataset.images)) < 2 or images.shape[1:] != dataset.images.shape[1:]:
+        wanted = f"2 or more of {dataset.images.shape[1:]}, as in {dataset.name}"
+        raise UsageError(f"the images to measure are {images.shape}, but must be {wanted}")
     ruler = load_ruler(settings, dataset)
-    some = np.random.default_rng(0).permutation(len(dataset.images))[: len(images)]
-    real, _ = measure(ruler.outputs, dataset.images[some])
-    features, _ = measure(ruler.outputs, images)
-    metrics = {"images": len(images), "dataset": dataset.name, "inception": ruler.name}
-    metrics |= quick_metrics(ruler, images)
-    metrics["kid"], metrics["kid_std"] = kernel_inception_distance(real, features)
-    metrics["precision"], metrics["recall"] = precision_recall(real, features)
+    if len(images) <= len(ruler.mean):
+        few = f"{len(images)} images are few for {len(ruler.mean)} features"
+        print(f"{few}: FID is far higher than it would be with more.", file=sys.stderr)
+    real, real_classes = reference_outputs(ruler, dataset.images)
+    features, probabilities = measure(ruler, images)
+    read = (probabilities.argmax(axis=1), real_classes) if ruler.reads_classes else None
+    known = read if labels is None or dataset.labels is None else (labels, dataset.labels)
+    return {
+        "images": len(images),
+        "dataset": dataset.name,
+        "inception": ruler.name,
+        **_scores(ruler, features, probabilities),
+        "fid_interval": frechet_interval(features, ruler.mean, ruler.covariance, labels),
+        "class_divergence": read and class_divergence(*read),
+        "fid_per_class": known and frechet_distance_per_class(features, known[0], real, known[1]),
+        **_neighbour_metrics(features[:NEIGHBOUR_IMAGES], real),
+        "memorisation": _memorisation(ruler, dataset, real, features, images, page),
+    }
+
+
+def _neighbour_metrics(features, real):
+    real = real[np.random.default_rng(0).permutation(len(real))[: len(features)]]
+    others = min(len(real), len(features)) - 1
+    metrics = dict(zip(("kid", "kid_std"), kernel_inception_distance(real, features), strict=True))
+    metrics["precision"], metrics["recall"] = precision_recall(real, features, min(3, others))
+    metrics["density"], metrics["coverage"] = density_coverage(real, features, min(5, others))
     return metrics
+
+
+def _memorisation(ruler, dataset, real, features, images, page):
+    """Median distance to the nearest training image, over that of test images (None: no such)."""
+    indices, distances = nearest(features[:NEIGHBOUR_IMAGES], real)
+    if page:
+        save_neighbours(page, images[:20], dataset.images[indices[:20]])
+    if dataset.test_images is None:
+        return None
+    unseen, _ = reference_outputs(ruler, dataset.test_images)
+    _, usual = nearest(unseen[:NEIGHBOUR_IMAGES], real)
+    return float(np.median(distances) / np.median(usual)) if np.median(usual) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1164,6 +1416,14 @@ def save_grid(path, images, columns, title=""):
         page.save(temporary)
 
 
+def save_neighbours(path, images, neighbours):
+    """Write a PNG of images (N, H, W, C), each to the left of its nearest training image."""
+    gap = np.full_like(images[:, :, : images.shape[2] // 4], 255)
+    pairs = np.concatenate([images, neighbours, gap], axis=2)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_grid(path, pairs, 5, "Left: measured. Right: the training image with the nearest features")
+
+
 def save_pictures(folder, images, labels=None):
     """Write one PNG for each of the images (N, H, W, C), its number and class in its name."""
     folder.mkdir(exist_ok=True)
@@ -1186,11 +1446,12 @@ def save_metrics_plot(path, history, title):
     from matplotlib.figure import Figure
 
     measured = [row for row in history if row["fid"] is not None]
+    read = [row for row in measured if row["class_shares"]]
     panels = [
         ("Losses, mean over the epoch", history, ["discriminator_loss", "generator_loss"]),
         ("Inception score: higher is better", measured, ["inception_score"]),
         ("Fréchet Inception distance: lower is better", measured, ["fid"]),
-        ("Share of each class in the samples", measured, ["class_shares"]),
+        ("Share of each class in the samples", read, ["class_shares"]),
     ]
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     figure.suptitle(title)
@@ -1198,11 +1459,12 @@ def save_metrics_plot(path, history, title):
         epochs = [row["epoch"] for row in rows]
         for name in names:
             values = np.array([row[name] for row in rows])
-            labels = range(values.shape[1]) if name == "class_shares" else name.replace("_", " ")
+            labels = range(values.shape[-1]) if values.ndim > 1 else name.replace("_", " ")
             axes.plot(epochs, values, marker="." if len(rows) < 30 else "", label=labels)
         axes.set(title=heading, xlabel="epoch", yscale="log" if names == ["fid"] else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(ncols=5 if names == ["class_shares"] else 1, fontsize="small")
+        if len(axes.lines) <= 20:  # the names of more classes would hide the curves
+            axes.legend(ncols=5 if names == ["class_shares"] else 1, fontsize="small")
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary)
@@ -1833,37 +2095,72 @@ def _generate_command(settings, options):
     print(f"Drawn by {path}: {output}")
 
 
+REPORT = (  # what `evaluate` prints: a name, its value, how to read it
+    ("Inception score", "{inception_score:.3f} ± {inception_score_std:.3f}", "higher is better"),
+    ("FID", "{fid:.3f}", "0 and up, lower is better"),
+    (
+        "  its 95 % interval",
+        "{fid_interval[0]:.3f} to {fid_interval[1]:.3f}",
+        "at this many images",
+    ),
+    ("KID", "{kid:.5f} ± {kid_std:.5f}", "about 0 for real ones, lower is better"),
+    ("precision", "{precision:.3f}", "0 to 1, look real, higher is better"),
+    ("recall", "{recall:.3f}", "0 to 1, data drawn, higher is better"),
+    ("density", "{density:.3f}", "about 1 for real ones, higher is better"),
+    ("coverage", "{coverage:.3f}", "0 to 1, data met, higher is better"),
+    ("classes covered", "{classes_covered:d}", "by a tenth of an even share or more"),
+    ("divergence", "{class_divergence:.4f} nats", "of class shares, 0 is best"),
+    ("memorisation", "{memorisation:.3f}", "1: new as test images, to 0: copies"),
+)
+
+
 def _evaluate_command(settings, options):
     if "images" in options and "checkpoint" in options:
         raise UsageError("--images and --checkpoint exclude each other")
+    path = options.get("images") or options.get("checkpoint", default_generator(settings))
     if "images" in options:
-        path = options["images"]
-        images = load_path(path, settings).images[: options.get("count")]
+        images, labels, *_ = load_path(path, settings)
     else:
-        path = options.get("checkpoint", default_generator(settings))
+        generator = load_generator(path, settings)
         count = options.get("count", settings.evaluation_images)
-        images = generate(load_generator(path, settings), count, seed=settings.seed)
+        images, labels = draw_random(generator, count, seed=settings.seed)
+        labels = labels if classes_of(generator) else None
+    _refuse_unwritable(settings.samples_dir)
+    some, page = slice(options.get("count")), Path(settings.samples_dir, "neighbours.png")
+    labels = labels if labels is None else labels[some]
     with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else
-        metrics = {"measured": str(path), **evaluate_images(images, settings)}
-    if "json" in options:
-        print(json.dumps(metrics))
-        return
-    metrics["class_shares"] = " ".join(f"{100 * x:.1f}%" for x in metrics["class_shares"])
-    for name, value in metrics.items():
-        print(f"{name:20}", f"{value:.4f}" if isinstance(value, float) else value)
+        metrics = evaluate_images(images[some], settings, labels, page)
+    metrics |= {"measured": str(path), "page": str(page)}
+    print(json.dumps(metrics) if "json" in options else _in_words(metrics))
+
+
+def _in_words(metrics):
+    lines = ["{images:,} images of {measured}".format(**metrics)]
+    lines.append("against {dataset}, measured by {inception}\n".format(**metrics))
+    for name, value, words in REPORT:
+        with contextlib.suppress(TypeError):  # None, which cannot be had, has no digits
+            lines.append(f"{name:19} {value.format(**metrics):18} {words}")
+    shares, distances = metrics["class_shares"] or (), metrics["fid_per_class"] or ()
+    for number, pair in enumerate(itertools.zip_longest(shares, distances)):
+        share, distance = ("-" if x is None else f"{x:.3f}" for x in pair)
+        lines.append(f"class {number:<13} share {share}, FID {distance}")
+    return "\n".join([*lines, "\nBeside the nearest training images: {page}".format(**metrics)])
 
 
 def _inception_command(settings, options):
     arrays = load_mnist()
     if arrays is None:
         raise RunError("the Inception model needs MNIST, and there is none to be had")
-    network, accuracy = train_inception(arrays)
+    images, test_images = (arrays[name][..., np.newaxis] for name in ("x_train", "x_test"))
+    network, accuracy = train_inception(
+        (images, arrays["y_train"]), (test_images, arrays["y_test"])
+    )
     print(f"{network.count_params():,} parameters, {accuracy:.2%} of the test images read right")
     path = HERE / "weights" / f"{INCEPTION_NAME}.h5"
     save_keras(network, path)
-    ruler = load_ruler(settings, as_dataset(arrays["x_train"]))
+    mean, covariance = feature_statistics(measure(_shipped_ruler(None), images)[0])
     with replacing(path.with_suffix(".npz")) as temporary:
-        np.savez(temporary, mean=ruler.mean, covariance=ruler.covariance)
+        np.savez(temporary, mean=mean, covariance=covariance)
     print(f"Written: {path} and {path.with_suffix('.npz').name}")
 
 
@@ -1879,7 +2176,7 @@ OPTIONS = {  # beside the settings: the commands that take it, and what argparse
     "count": ("generate evaluate", {"type": int, "help": "images, or rows of --digits"}),
     "digits": ("generate", {"help": "classes to draw, like 2026 [each in turn]"}),
     "output": ("generate", {"help": ".png grid, .npz, .gif walk or a folder for PNGs"}),
-    "images": ("evaluate", {"help": "an .npz of images to measure instead"}),
+    "images": ("evaluate", {"help": "an .npz or a folder to measure instead"}),
     "json": ("evaluate", {"action": "store_true", "help": "print JSON"}),
 }
 

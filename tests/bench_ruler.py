@@ -1,4 +1,5 @@
-"""Print the scale of the shipped ruler: IS and FID of MNIST's test images, blurred, and of noise.
+"""Print the scale of the shipped ruler: IS and FID of MNIST's test images, blurred, and of noise;
+then FID of real test images by their count, which is what luck and too few images alone make.
 
     python tests/bench_ruler.py
 
@@ -42,7 +43,7 @@ def main():
         sys.exit("This needs MNIST.")
     dataset = gan_mnist.Dataset(arrays["x_train"][..., np.newaxis], arrays["y_train"], "mnist")
     ruler = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    _, probabilities = gan_mnist.measure(ruler.outputs, arrays["x_test"][..., np.newaxis])
+    _, probabilities = gan_mnist.measure(ruler, arrays["x_test"][..., np.newaxis])
     accuracy = (probabilities.argmax(axis=1) == arrays["y_test"]).mean()
     print(f"{ruler.name}: {accuracy:.2%} of the test images read right\n")
     print("| images | IS | FID | classes | seconds |\n|---|---|---|---|---|")
@@ -51,6 +52,15 @@ def main():
         metrics = gan_mnist.quick_metrics(ruler, images)
         values = "{inception_score:.3f} | {fid:.3f} | {classes_covered}".format(**metrics)
         print(f"| {name} | {values} | {time.monotonic() - start:.2f} |")
+    features, _ = gan_mnist.measure(ruler, arrays["x_test"][..., np.newaxis])
+    print("\n| test images | FID | its 95 % interval |\n|---|---|---|")
+    order = np.random.default_rng(0).permutation(len(features))
+    for count in (100, 200, 500, 1000, 2000, 5000, 10_000):
+        some = features[order[:count]]
+        statistics = (*gan_mnist.feature_statistics(some), ruler.mean, ruler.covariance)
+        low, high = gan_mnist.frechet_interval(some, ruler.mean, ruler.covariance)
+        distance = gan_mnist.frechet_distance(*statistics)
+        print(f"| {count:,} | {distance:.3f} | {low:.3f} to {high:.3f} |")
 
 
 if __name__ == "__main__":

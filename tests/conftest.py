@@ -164,6 +164,18 @@ def assert_same_weights(*paths):
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def keras_home(tmp_path_factory):
+    """A Keras home that has the user's data sets, but keeps what the tests measure to itself."""
+    home = tmp_path_factory.mktemp("keras_home")
+    before = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+    if (before / "datasets").exists():
+        (home / "datasets").symlink_to((before / "datasets").resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERAS_HOME", str(home))
+        yield home
+
+
 @pytest.fixture(scope="session")
 def digits_npz(tmp_path_factory):
     """The path of an .npz with 3,000 labelled synthetic digits."""
@@ -180,6 +192,7 @@ def tiny_flags(digits_npz):
         *("--dataset", digits_npz, "--epochs", 4, "--batch-size", 20, "--latent-dim", 8),
         *("--generator-widths", "24,32", "--discriminator-widths", "32"),
         *("--evaluation-images", 200, "--checkpoint-every", 2, "--seed", 7),
+        *("--inception", "mnist"),  # its own would be trained first
     )
 
 

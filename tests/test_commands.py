@@ -15,7 +15,10 @@ from PIL import Image
 import gan_mnist
 
 SHIPPED = "mnist_generator.h5"
-METRICS = {"inception_score", "inception_score_std", "fid", "classes_covered", "kid", "kid_std"}
+METRICS = {
+    *("inception_score", "inception_score_std", "fid", "classes_covered", "kid", "kid_std"),
+    *("precision", "recall", "density", "coverage", "class_divergence"),
+}
 DRAWN = {  # name: what is typed after `generate`, into a folder without checkpoints
     "nothing": [],
     "digits.npz": ["--digits", "2026", "--count", 25, "--seed", 5, "--output", "digits.npz"],
@@ -56,9 +59,7 @@ def test_an_npz_holds_rows_of_the_digits_asked_for(drawn):
         assert set(arrays.files) == {"images", "labels"}
     assert images.dtype == np.uint8 and images.shape == (100, 28, 28, 1)
     assert labels.tolist() == [2, 0, 2, 6] * 25
-    nothing = gan_mnist.Dataset(np.zeros((1, 28, 28, 1), np.uint8), None, "mnist")
-    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), nothing)
-    _, probabilities = gan_mnist.measure(ruler.outputs, images)
+    _, probabilities = gan_mnist.measure(gan_mnist.RULERS["mnist"](None), images)
     assert np.mean(probabilities.argmax(axis=1) == labels) >= 0.9
     assert len(np.unique(images.reshape(100, -1), axis=0)) == 100
 
@@ -134,26 +135,54 @@ def test_load_generator_without_a_path_finds_the_best_of_the_last_run(tiny_run, 
 
 @pytest.fixture(scope="module")
 def measured(tiny_run, digits_npz, tmp_path_factory):
-    """(Result, Result): evaluate --json of a run's best generator, and of its own data set."""
-    against = ("--dataset", digits_npz, "--json", "--count", 300)
+    """(folder, Results of evaluate): of a run's best generator, of its own data set, in words."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(tiny_run[0] / "checkpoints", folder / "checkpoints")
+    (folder / "mine").mkdir()
+    for number, image in enumerate(synthetic_digits(30, seed=5)[0]):
+        Image.fromarray(image).save(folder / "mine" / f"{number}.png")
+    against = ("--dataset", digits_npz, "--inception", "mnist")
     jobs = [
-        (["evaluate", *against], tiny_run[0]),
-        (["evaluate", *against, "--images", digits_npz], tiny_run[0]),
+        (["evaluate", *against, "--json", "--count", 300], folder),
+        (["evaluate", *against, "--json", "--count", 300, "--images", digits_npz], folder),
+        (["evaluate", *against, "--images", "mine"], folder),
     ]
-    return run_batch(jobs, tmp_path_factory.mktemp("scratch") / "batch")
+    return folder, run_batch(jobs, tmp_path_factory.mktemp("scratch") / "batch")
 
 
 def test_evaluate_prints_every_metric_as_json(measured):
-    for result, source in zip(measured, ("generator_best.h5", "segments.npz"), strict=True):
+    for result, source in zip(measured[1], ("generator_best.h5", "segments.npz"), strict=False):
         assert (result.status, result.err) == (0, "")
         metrics = json.loads(result.out)
-        assert METRICS | {"precision", "recall", "dataset", "inception"} <= set(metrics)
+        assert METRICS | {"images", "dataset", "inception"} <= set(metrics)
         assert metrics["dataset"].startswith("segments") and source in result.out
         assert all(np.isfinite(metrics[name]) for name in METRICS)
+        assert metrics["fid_interval"][0] < metrics["fid"] < metrics["fid_interval"][1]
+        assert len(metrics["fid_per_class"]) == 10 and min(metrics["fid_per_class"]) > 0
+        assert metrics["memorisation"] is None  # this data set has no test images
+
+
+def test_evaluate_says_each_number_in_words_within_80_columns(measured):
+    result = measured[1][2]
+    assert result.status == 0 and "30 images are few for 160 features" in result.err
+    assert result.out.startswith("30 images of mine\nagainst segments")
+    lines = result.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name in ("FID", "KID", "precision", "recall", "density", "coverage", "divergence"):
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert "better" in line or "best" in line, line
+    assert len([line for line in lines if line.startswith("class ")]) == 10
+
+
+def test_evaluate_saves_a_page_of_nearest_training_images(measured, digits_npz):
+    folder, results = measured
+    with Image.open(folder / "samples" / "neighbours.png") as page:
+        assert page.width > page.height > 100
+    assert "neighbours.png" in results[2].out
 
 
 def test_evaluate_prefers_the_data_set_itself_to_a_generator(measured):
-    generated, real = (json.loads(result.out) for result in measured)
+    generated, real = (json.loads(result.out) for result in measured[1][:2])
     assert real["fid"] < generated["fid"] / 10 and real["kid"] < generated["kid"] / 10
     assert real["precision"] == 1 or real["precision"] > generated["precision"]
 
@@ -226,7 +255,7 @@ def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(tiny_run, digit
     folder.mkdir()
     (folder / "file").write_text("in the way")
     few = tmp_path / "few.npz"
-    np.savez(few, images=synthetic_digits(5)[0])
+    np.savez(few, images=synthetic_digits(1)[0])
     best = tiny_run[0] / "checkpoints" / "generator_best.h5"
     cases = {
         "unknown ending": ["generate", "--output", "digits.jpg"],
@@ -236,7 +265,7 @@ def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(tiny_run, digit
         "folder in the way": ["generate", "--output", "file"],
         "no such images": ["evaluate", "--images", "nowhere.npz", "--dataset", digits_npz],
         "too few images": ["evaluate", "--images", few, "--dataset", digits_npz],
-        "too small a count": ["evaluate", "--count", 3, "--dataset", digits_npz],
+        "too small a count": ["evaluate", "--count", 1, "--dataset", digits_npz],
         "both": ["evaluate", "--images", digits_npz, "--checkpoint", best],
     }
     jobs = [(arguments, folder) for arguments in cases.values()]

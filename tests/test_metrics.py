@@ -188,8 +188,8 @@ def test_precision_and_recall_of_sets_far_apart_are_nought(random):
 @pytest.fixture(scope="module")
 def ruler():
     """The ruler of MNIST, which needs no MNIST: its statistics are shipped."""
-    nothing = gan_mnist.Dataset(np.zeros((1, 28, 28, 1), np.uint8), None, "mnist")
-    return gan_mnist.load_ruler(gan_mnist.Settings(), nothing)
+    with np.load(WEIGHTS / "mnist_inception_1.npz") as shipped:
+        return gan_mnist.RULERS["mnist"](None)._replace(**shipped)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_images(mnist):
 
 
 def test_the_ruler_reads_real_test_images_at_least_995_in_a_thousand(ruler, test_images, mnist):
-    features, probabilities = gan_mnist.measure(ruler.outputs, test_images)
+    features, probabilities = gan_mnist.measure(ruler, test_images)
     assert len(features) == len(probabilities) == 10_000
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     assert np.mean(probabilities.argmax(axis=1) == mnist["y_test"]) >= 0.995
@@ -211,7 +211,7 @@ def test_the_ruler_has_at_most_300_000_parameters_and_the_weights_10_megabytes(r
 
 
 def test_the_shipped_statistics_are_those_of_the_training_images(ruler, mnist):
-    features, _ = gan_mnist.measure(ruler.outputs, mnist["x_train"][..., np.newaxis])
+    features, _ = gan_mnist.measure(ruler, mnist["x_train"][..., np.newaxis])
     features = features.astype(np.float64)
     for shipped, ours in (
         (ruler.mean, features.mean(axis=0)),
@@ -223,9 +223,9 @@ def test_the_shipped_statistics_are_those_of_the_training_images(ruler, mnist):
 
 def test_measuring_does_not_depend_on_the_images_beside(ruler):
     images = synthetic_digits(503)[0][..., np.newaxis]
-    features, probabilities = gan_mnist.measure(ruler.outputs, images)
+    features, probabilities = gan_mnist.measure(ruler, images)
     for part in (slice(0, 7), slice(500, 503)):
-        few_features, few_probabilities = gan_mnist.measure(ruler.outputs, images[part])
+        few_features, few_probabilities = gan_mnist.measure(ruler, images[part])
         assert np.allclose(features[part], few_features, atol=1e-4)
         assert np.allclose(probabilities[part], few_probabilities, atol=1e-4)
 

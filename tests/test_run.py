@@ -199,3 +199,13 @@ def test_offline_with_an_empty_cache_a_run_goes_on_with_a_stand_in_named_so(tmp_
     assert "stand-in" in result.out and "NOT MNIST" in result.out.upper()
     (row,) = rows(tmp_path / "run")
     assert row["dataset"] == "stand-in"
+
+
+def test_measuring_more_or_less_often_changes_no_weight(tiny_run, tiny_flags, tmp_path):
+    seldom = run(*tiny_flags, "--evaluate-every", 3, cwd=tmp_path)
+    assert seldom.status == 0
+    measured = [[row["fid"] != "" for row in rows(folder)] for folder in (tiny_run[0], tmp_path)]
+    assert measured == [[True] * 4, [False, False, True, True]]
+    names = ("generator_latest.h5", "generator_model_epoch_002.h5")
+    for name in names:
+        assert_same_weights(*(folder / "checkpoints" / name for folder in (tiny_run[0], tmp_path)))
