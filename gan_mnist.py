@@ -1775,7 +1775,10 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
         print(f"{dataset.name} has no labels: training without classes.\n")
         settings = dataclasses.replace(settings, conditional=False)
     folders = sorted({Path(x).resolve() for x in (settings.samples_dir, settings.checkpoints_dir)})
-    _refuse_unusable(folders, settings, resume)
+    _refuse_unwritable(*folders)
+    states = Path(settings.checkpoints_dir, "state")
+    if resume and not any(states.glob("step_*")):
+        raise UsageError(f"there is nothing to resume in {states}")
     with contextlib.ExitStack() as held:
         for folder in folders:
             held.enter_context(alone_in(folder))
@@ -1787,14 +1790,11 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     return run.state.average
 
 
-def _refuse_unusable(folders, settings, resume):
-    for folder in folders:
-        exists = next(path for path in (folder, *folder.parents) if path.exists())
+def _refuse_unwritable(*folders):
+    for folder in map(Path, folders):
+        exists = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not exists.is_dir() or not os.access(exists, os.W_OK):
             raise UsageError(f"cannot write into {folder}")
-    states = Path(settings.checkpoints_dir, "state")
-    if resume and not any(states.glob("step_*")):
-        raise UsageError(f"there is nothing to resume in {states}")
 
 
 @contextlib.contextmanager
