@@ -660,7 +660,6 @@ LOSSES = {
 # Training
 # ---------------------------------------------------------------------------------------------
 
-
 AVERAGE_EVERY = 8  # steps; each step's average would cost an eighth of the popular nets' time
 
 
@@ -694,21 +693,14 @@ def _adam(settings):
         """
 
         def update_step(self, gradient, variable, learning_rate):
-            index, step = (
-                self._get_variable_index(variable),
-                tf.cast(self.iterations + 1, "float32"),
-            )
+            index = self._get_variable_index(variable)
+            step = tf.cast(self.iterations + 1, tf.float32)
+            momentum, velocity = self._momentums[index].value, self._velocities[index].value
+            slots = {"var": variable.handle, "m": momentum.handle, "v": velocity.handle}
+            betas = {"beta1": self.beta_1, "beta2": self.beta_2, "epsilon": self.epsilon}
+            powers = {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step}
             tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle,
-                m=self._momentums[index].value.handle,
-                v=self._velocities[index].value.handle,
-                beta1_power=self.beta_1**step,
-                beta2_power=self.beta_2**step,
-                lr=learning_rate,
-                beta1=self.beta_1,
-                beta2=self.beta_2,
-                epsilon=self.epsilon,
-                grad=gradient,
+                **slots, **betas, **powers, lr=learning_rate, grad=gradient
             )
 
     return FusedAdam(0.0, beta_1=settings.beta_1, beta_2=settings.beta_2)
