@@ -211,7 +211,7 @@ def test_the_ruler_has_at_most_300_000_parameters_and_the_weights_10_megabytes(r
 
 
 def test_the_shipped_statistics_are_those_of_the_training_images(ruler, mnist):
-    features, _ = gan_mnist.measure(ruler, mnist["x_train"][..., np.newaxis])
+    features, _ = gan_mnist.reference_outputs(ruler, mnist["x_train"][..., np.newaxis])
     features = features.astype(np.float64)
     for shipped, ours in (
         (ruler.mean, features.mean(axis=0)),
@@ -254,3 +254,13 @@ def test_evaluate_images_gives_every_metric_and_praises_real_ones(test_images):
     assert metrics["inception_score"] > 9 and metrics["classes_covered"] == 10
     assert metrics["fid"] < 20 and abs(metrics["kid"]) < 0.05
     assert metrics["precision"] > 0.75 and metrics["recall"] > 0.75
+    assert metrics["density"] > 0.8 and metrics["coverage"] > 0.8
+    assert metrics["class_divergence"] < 0.02 and 0.9 < metrics["memorisation"] < 1.1
+
+
+def test_copies_of_training_images_are_told_from_unseen_ones(mnist, test_images):
+    copies = mnist["x_train"][:300, ..., np.newaxis]
+    metrics = gan_mnist.evaluate_images(copies, gan_mnist.Settings())
+    assert metrics["memorisation"] < 0.01
+    mixed = np.concatenate([copies, test_images[:450]])
+    assert 0.3 < gan_mnist.evaluate_images(mixed, gan_mnist.Settings())["memorisation"] < 0.95
