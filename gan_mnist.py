@@ -1143,9 +1143,8 @@ def precision_recall(real_features, generated_features, neighbours=3):
     generated: the balls around its points that reach their k-th neighbour. Raises ValueError
     where a side has no more than `neighbours` points.
     """
-    real, generated = _centred(real_features, generated_features, neighbours)
-    around_real, _ = _balls_around(generated, real, neighbours)
-    around_generated, _ = _balls_around(real, generated, neighbours)
+    around_real, _ = _balls_around(generated_features, real_features, neighbours)
+    around_generated, _ = _balls_around(real_features, generated_features, neighbours)
     return float((around_real > 0).mean()), float((around_generated > 0).mean())
 
 
@@ -1153,21 +1152,16 @@ def density_coverage(real_features, generated_features, neighbours=5):
     """Return density, 0 and up, and coverage, 0 to 1; higher is better (arXiv 2002.09797).
 
     How many of the real features' balls hold a generated one, over k, about 1 for real images; and
-    the share of those balls that hold any. Raises ValueError as precision_recall does.
+    the share of those balls that hold any. Raises ValueError for no more than k real ones.
     """
-    real, generated = _centred(real_features, generated_features, neighbours)
-    balls, is_filled = _balls_around(generated, real, neighbours)
+    balls, is_filled = _balls_around(generated_features, real_features, neighbours)
     return float(balls.mean() / neighbours), float(is_filled.mean())
-
-
-def _centred(real, generated, neighbours):
-    if min(len(real), len(generated)) <= neighbours:
-        raise ValueError(f"{neighbours} neighbours need at least {neighbours + 1} images a side")
-    return real - real.mean(axis=0), generated - real.mean(axis=0)
 
 
 def _balls_around(points, centres, neighbours):
     """Return in how many of the centres' balls each point lies, and which balls hold any."""
+    if len(centres) <= neighbours:
+        raise ValueError(f"{neighbours} neighbours need at least {neighbours + 1} images a side")
     kth = [neighbours]  # in a list: a copy, so that the rest can go
     parts = _map_distances(lambda x: np.partition(x, kth)[:, kth], centres, centres)
     radii = np.concatenate(parts)[:, 0]
@@ -1177,6 +1171,8 @@ def _balls_around(points, centres, neighbours):
 
 def _map_distances(function, points, others):
     """Return function(squared distances (500, M)) of 500 points at a time, two of them at once."""
+    middle = others.mean(axis=0)  # near nought less is lost by the differences of squares below
+    points, others = points - middle, others - middle
     turned, squares = -2 * others.T, (others**2).sum(axis=1)
 
     def apply(start):
@@ -1276,6 +1272,8 @@ def evaluate_images(images, settings, labels=None, page=None):
     real, real_classes = reference_outputs(ruler, dataset.images)
     features, probabilities = measure(ruler, images)
     read = (probabilities.argmax(axis=1), real_classes) if ruler.reads_classes else None
+    if page:
+        save_neighbours(page, images[:20], dataset.images[nearest(features[:20], real)[0]])
     known = read if labels is None or dataset.labels is None else (labels, dataset.labels)
     return {
         "images": len(images),
@@ -1286,7 +1284,7 @@ def evaluate_images(images, settings, labels=None, page=None):
         "class_divergence": read and class_divergence(*read),
         "fid_per_class": known and frechet_distance_per_class(features, known[0], real, known[1]),
         **_neighbour_metrics(features[:NEIGHBOUR_IMAGES], real),
-        "memorisation": _memorisation(ruler, dataset, real, features, images, page),
+        "memorisation": memorisation(ruler, features, real, dataset.test_images),
     }
 
 
@@ -1299,16 +1297,18 @@ def _neighbour_metrics(features, real):
     return metrics
 
 
-def _memorisation(ruler, dataset, real, features, images, page):
-    """Median distance to the nearest training image, over that of test images (None: no such)."""
-    indices, distances = nearest(features[:NEIGHBOUR_IMAGES], real)
-    if page:
-        save_neighbours(page, images[:20], dataset.images[indices[:20]])
-    if dataset.test_images is None:
+def memorisation(ruler, features, real, test_images):
+    """Return how far features (N, F) are from real ones, over how far those of test images are.
+
+    Medians of the distance to the nearest. 1: as new as unseen images are; towards 0: copies.
+    None without test images (M, H, W, C), or where these are copies themselves.
+    """
+    if test_images is None:
         return None
-    unseen, _ = reference_outputs(ruler, dataset.test_images)
-    _, usual = nearest(unseen[:NEIGHBOUR_IMAGES], real)
-    return float(np.median(distances) / np.median(usual)) if np.median(usual) else None
+    unseen, _ = reference_outputs(ruler, test_images)
+    sides = (nearest(x[: NEIGHBOUR_IMAGES // 2], real)[1] for x in (features, unseen))
+    distance, usual = map(np.median, sides)
+    return float(distance / usual) if usual else None
 
 
 # ---------------------------------------------------------------------------------------------
