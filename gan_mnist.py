@@ -30,7 +30,7 @@ CONDITIONAL = True  # both networks are told the digit's class; false: the plain
 LATENT_DIM = 64  # numbers that the generator makes an image from [2..65536]
 GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first [1..65536]
 DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first [1..65536]
-CONV_CHANNELS = 32  # of the convolution nearest the image; doubled at each halving [1..4096]
+CONV_CHANNELS = 16  # of the convolution nearest the image; doubled at each halving [1..4096]
 
 # The game
 LOSS = "relativistic"  # [non_saturating|minimax|least_squares|hinge|wasserstein|relativistic]
