@@ -39,13 +39,14 @@ def has_ended(child):
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def wait(child, kind):
-    """Wait for a random time, or until some file is half written, or until the process ends."""
-    end = time.monotonic() + random.uniform(2, 8)
-    while time.monotonic() < end and not has_ended(child):
-        time.sleep(0.0005)
-    while kind == "writing" and not has_ended(child):
-        if any(True for folder in (STATE, STATE.parent) for _ in folder.glob(".*.partial*")):
+def wait(child, kind, longest):
+    """Wait for a random time, or until some file or other is half written, or for the end."""
+    end = time.monotonic() + random.uniform(2, longest)
+    seen, wanted = set(), random.randrange(1, 15)
+    while not has_ended(child):
+        for folder in (STATE, STATE.parent, Path("samples")):
+            seen |= {path.name for path in folder.glob(f".*.{child}.partial*")}
+        if time.monotonic() > end if kind == "training" else len(seen) >= wanted:
             return time.sleep(random.uniform(0, 0.005))
 
 
@@ -56,7 +57,7 @@ def main():
     while True:
         child, kind = attempt(sys.argv[3:]), random.choice(list(killed))
         if sum(killed.values()) < int(sys.argv[2]):
-            wait(child, kind)
+            wait(child, kind, 8 + sum(killed.values()))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if status != signal.SIGKILL:

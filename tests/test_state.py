@@ -103,11 +103,19 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(tiny_run, tiny
     assert_same_run(tmp_path, tiny_run[0])
 
 
+@pytest.fixture(scope="module")
+def long_run(tiny_flags, tmp_path_factory):
+    """(folder, flags) of a run of 30 epochs that nobody stopped."""
+    folder, flags = tmp_path_factory.mktemp("long_run"), (*tiny_flags, "--epochs", 30)
+    assert run(*flags, cwd=folder).status == 0
+    return folder, flags
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILLED_RUNS", "5"))))
-def test_runs_killed_very_often_resume_to_the_same_bytes(seed, tiny_run, tiny_flags, tmp_path):
-    print(killed_often(tmp_path, seed, 1000, tiny_flags))
-    assert_same_run(tmp_path, tiny_run[0])
+def test_runs_killed_very_often_resume_to_the_same_bytes(seed, long_run, tmp_path):
+    print(killed_often(tmp_path, seed, 1000, long_run[1]))
+    assert_same_run(tmp_path, long_run[0])
 
 
 def start(flags, folder):
