@@ -83,6 +83,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class _ImportedOnFirstUse:  # TensorFlow takes four seconds, which --help doesn't wait for
@@ -94,8 +95,6 @@ class _ImportedOnFirstUse:  # TensorFlow takes four seconds, which --help doesn'
 
 
 h5py, keras, scipy, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "scipy", "tensorflow"))
-PILLOW = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps")
-Image, ImageDraw, ImageFont, ImageOps = map(_ImportedOnFirstUse, PILLOW)
 
 
 class UsageError(ValueError):
@@ -197,8 +196,9 @@ class Dataset(NamedTuple):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`, for a file or a folder; rename it once it is synced."""
+    """Give a temporary path beside `path`, for a file or a folder; sync and rename it after."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
@@ -226,30 +226,31 @@ def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def keras_home():
+    """Return the folder where Keras keeps what it downloads."""
+    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+
+
 @contextlib.contextmanager
 def downloading():
     """Give Keras' downloader a time limit, no progress bar in a log file, and one kind of error."""
-    limit, shown = socket.getdefaulttimeout(), sys.stdout if sys.stdout.isatty() else io.StringIO()
+    limit = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else io.StringIO()):
             yield
     except Exception as error:  # noqa: BLE001 (Keras raises bare ones)
-        raise OSError(f"no download: {_reason(error)}") from None
+        raise OSError(f"no download into {keras_home()}: {_reason(error)}") from None
     finally:
         socket.setdefaulttimeout(limit)
 
 
 def cached_download(path, urls, read):
-    """Return read(path) of a cached file, fetched where it is absent or `read` raises UsageError.
-
-    None when no URL serves what `read` takes; nothing else ever gets the name.
-    """
+    """Return read(path), fetched first where `read` raises UsageError; None if no URL serves."""
     with contextlib.suppress(UsageError):
         return read(path)
     if path.exists():
         print(f"{path} is not as published; downloading it again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         try:
             with replacing(path) as partial:
@@ -259,11 +260,6 @@ def cached_download(path, urls, read):
         except (OSError, UsageError) as error:
             print(f"{url}: {error}")
     return None
-
-
-def keras_home():
-    """Return the folder where Keras keeps what it downloads."""
-    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
 
 
 def load_mnist():
@@ -282,8 +278,7 @@ def _read_mnist(path):
 def load_dataset(settings):
     """Return the Dataset that `settings.dataset` names or is the path of.
 
-    Without MNIST and without a network: a stand-in drawn by the shipped generator, and named so.
-    Raises UsageError for data that do not fit, RunError for a set that cannot be downloaded.
+    Raises UsageError for data that do not fit, OSError for a set that cannot be downloaded.
     """
     load = DATASETS.get(settings.dataset)
     return load(settings) if load else load_path(settings.dataset, settings)
@@ -305,12 +300,8 @@ def _load_mnist_or_stand_in(settings):
 def _load_from_keras(settings):
     name = settings.dataset
     print(f"{name}: from Keras, which downloads it once.", flush=True)
-    try:  # CIFAR-10 comes as pickles, but out of an archive whose SHA-256 Keras checks each time
-        with downloading():
-            (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
-    except OSError as error:
-        remedy = f"if it broke off, delete {keras_home() / 'datasets' / name[:5]}*"
-        raise RunError(f"Keras has no {name} to give: {error}; {remedy}") from None
+    with downloading():  # CIFAR-10 has pickles, in an archive whose SHA-256 Keras always checks
+        (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
     return as_dataset(images, labels.ravel(), name, test_images, settings)
 
 
@@ -360,18 +351,17 @@ def _read_npy(archive, name):
         raise UsageError(f"{name!r} in it is no array")
     with archive.open(name) as file:  # NumPy's own reader takes whatever memory the header claims
         version, _ = np.lib.format.read_magic(file)
-        header = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
-        shape, by_columns, dtype = header
+        read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
+        shape, by_columns, dtype = read_header(file)
         return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def _load_npz(path, settings):
     arrays = read_npz(path)
-    names = (("images", "x_train"), ("labels", "y_train"), ("test_images", "x_test"))
-    images, labels, test_images = (arrays.get(one, arrays.get(other)) for one, other in names)
-    if images is None:
+    if not {"images", "x_train"} & set(arrays):
         raise UsageError(f"{path} holds no array named images or x_train: {sorted(arrays)}")
-    return images, labels, test_images
+    names = (("images", "x_train"), ("labels", "y_train"), ("test_images", "x_test"))
+    return [arrays.get(ours, arrays.get(keras_name)) for ours, keras_name in names]
 
 
 def _load_idx(sets, settings):
@@ -422,13 +412,11 @@ def _read_picture(path, settings, shape=None):
     with _reading(path, "picture"), Image.open(path, formats=PICTURE_FORMATS) as picture:
         if picture.mode[0] in "IF":
             raise UsageError("it has more than 8 bits a channel")
-        if settings.image_size:  # a sixth of a JPEG's time: it need not be decoded in full
-            picture.draft(None, 2 * [2 * settings.image_size])
         image = _fitted(ImageOps.exif_transpose(picture), settings)
-    if image.shape != (shape or image.shape):
-        remedy = "--image-size or --image-colour makes them alike"
-        raise UsageError(f"{path} is {image.shape}, but others are {shape}: {remedy}")
-    return image
+        if shape not in (None, image.shape):
+            remedy = "--image-size or --image-colour makes them alike"
+            raise UsageError(f"it is {image.shape}, others are {shape}: {remedy}")
+        return image
 
 
 def _fitted(picture, settings):
@@ -465,8 +453,8 @@ def as_dataset(images, labels=None, name="images", test_images=None, settings=Se
         labels = np.asarray(labels)
         fits = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
         if not fits or not 0 <= labels.min() <= labels.max() <= 255:
-            got = f"{labels.dtype} {labels.shape}"
-            raise UsageError(f"labels of {name} must be {len(images):,} of 0 to 255, but are {got}")
+            must = f"must be {len(images):,} whole numbers from 0 to 255"
+            raise UsageError(f"{name}'s labels {must}, but are {labels.dtype} {labels.shape}")
         labels = labels.astype(np.uint8)
     return Dataset(images, labels, name, test_images)
 
@@ -1329,10 +1317,7 @@ def classes_of(generator):
 
 
 def classes_to_draw(generator, count, digits=None):
-    """Return classes uint8 (N,): `count`, each in turn, or `count` rows of `digits`.
-
-    Raises UsageError for digits that the generator cannot draw.
-    """
+    """Return classes uint8 (N,): `count`, each in turn, or `count` rows of `digits`."""
     classes = classes_of(generator)
     if digits is None:
         return (np.arange(count) % max(1, classes)).astype(np.uint8)
@@ -1344,10 +1329,7 @@ def classes_to_draw(generator, count, digits=None):
 
 
 def draw(generator, latent, labels):
-    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM) and classes (N,).
-
-    An unconditional generator ignores the classes.
-    """
+    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM), classes (N,) if told."""
     parts = []
     at_once = min(1000, 1 + 2**22 // math.prod(generator.output_shape[1:]))
     for start in range(0, len(latent), at_once):
@@ -1408,7 +1390,6 @@ def save_neighbours(path, images, neighbours):
 
 def save_pictures(folder, images, labels=None):
     """Write one PNG for each of the images (N, H, W, C), its number and class in its name."""
-    folder.mkdir(exist_ok=True)
     for number, image in enumerate(images):
         name = f"{number:06d}" + ("" if labels is None else f"_class_{labels[number]}")
         with replacing(folder / f"{name}.png") as temporary:
@@ -1437,7 +1418,7 @@ def save_metrics_plot(path, history, title):
     figure.suptitle(title)
     for axes, (heading, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for name in names:
-            rows = [row for row in history if row[name] is not None]
+            rows = [row for row in history if row.get(name) is not None]
             values = np.array([row[name] for row in rows])
             labels = range(values.shape[-1]) if values.ndim > 1 else name.replace("_", " ")
             axes.plot([row["epoch"] for row in rows], values, marker=".", label=labels)
@@ -2035,6 +2016,7 @@ def _generate_command(settings, options):
     output = Path(options.get("output", Path(settings.samples_dir, "generated.png")))
     if output.suffix not in WRITERS:
         raise UsageError(f"--output is {str(output)!r}, but must be a .png, .npz, .gif or a folder")
+    _refuse_unwritable(output.parent if output.suffix else output)
     path, digits = options.get("checkpoint", default_generator(settings)), options.get("digits")
     generator = load_generator(path, settings)
     labels = classes_to_draw(generator, options.get("count", 10 if digits else 100), digits)
@@ -2044,11 +2026,7 @@ def _generate_command(settings, options):
         frames = latent_walk(generator, columns, settings.seed)
         latent, labels = np.concatenate(frames), np.tile(labels[:columns], len(frames))
     images = draw(generator, latent, labels)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[output.suffix](output, images, labels if classes_of(generator) else None, columns)
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror or error}") from None
+    WRITERS[output.suffix](output, images, labels if classes_of(generator) else None, columns)
     print(f"Drawn by {path}: {output}")
 
 

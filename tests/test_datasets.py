@@ -186,7 +186,7 @@ def test_fashion_mnist_is_what_keras_has_and_cifar10_offline_costs_one_line(tmp_
     assert (fashion.status, fashion.err) == (0, "") and "300 images of 28x28x1" in fashion.out
     assert rows(tmp_path)[0]["dataset"] == "fashion_mnist"
     assert cifar10.status == 1 and len(cifar10.err.splitlines()) == 1
-    assert "cifar10" in cifar10.err and "http" in cifar10.err
+    assert "cifar-10" in cifar10.err and "http" in cifar10.err
     assert "\b" not in cifar10.out and len(cifar10.out.splitlines()) < 4
 
 
@@ -529,3 +529,21 @@ def test_a_gif_shows_colours_as_they_are(tmp_path):
             animation.seek(number)
             shown = np.asarray(animation.convert("RGB"), int)
             assert np.abs(shown - frame).mean() < 4
+
+
+def test_the_curves_leave_out_epochs_that_were_not_measured(tmp_path):
+    trained = {"epoch": 1, "discriminator_loss": 0.6, "generator_loss": 0.8}
+    unmeasured = trained | {"inception_score": None, "fid": None}
+    measured = trained | {
+        "epoch": 2,
+        "inception_score": 9.0,
+        "fid": 1.5,
+        "class_shares": [0.1] * 10,
+    }
+    without_classes = measured | {"epoch": 3, "class_shares": None}
+    history = [unmeasured, measured, without_classes]
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        gan_mnist.save_metrics_plot(path, history[:number], "title")
+        with Image.open(path) as picture:
+            assert picture.size == (1100, 750)
