@@ -78,17 +78,15 @@ import sys
 import tarfile
 import threading
 import time
-import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-class _ImportedOnFirstUse:
-    """TensorFlow takes four seconds to import; --help and a rejected setting don't wait for it."""
-
+class _ImportedOnFirstUse:  # TensorFlow takes four seconds, which --help doesn't wait for
     def __init__(self, name):
         self._name = name
 
@@ -96,10 +94,7 @@ class _ImportedOnFirstUse:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
-scipy = _ImportedOnFirstUse("scipy")
-PILLOW = ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps")
-Image, ImageDraw, ImageFont, ImageOps = map(_ImportedOnFirstUse, PILLOW)
+h5py, keras, scipy, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "scipy", "tensorflow"))
 
 
 class UsageError(ValueError):
@@ -110,8 +105,7 @@ class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1."""
 
 
-def _reason(error):
-    """Return an error's first line without what TensorFlow and Python put around it."""
+def _reason(error):  # its first line, without what TensorFlow and Python put around it
     line = (str(error) or type(error).__name__).splitlines()[0]
     return re.sub(r"^{{.*?}} |\[Errno \d+\] | \[Op:.*", "", line)
 
@@ -123,26 +117,39 @@ SETTINGS = {  # name: default, what it does, what is allowed ("low..high", "one|
     name.lower(): (globals()[name], words, allowed)
     for name, words, allowed in _LINE.findall(_BLOCK)
 }
+KINDS = {  # type of the default: how a text is read, what it must be
+    bool: (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "one of"),
+    tuple: (lambda text: tuple(map(int, text.split(","))), "whole numbers like 1,2,3"),
+}
 
 
-def _is_allowed(value, default, allowed):
-    if type(default) is tuple:
-        return type(value) is tuple and value and all(_is_allowed(v, 1, allowed) for v in value)
-    if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-        return False
+def setting_as_text(value):
+    """Return what to type for a setting's value, which may be a tuple or list."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _is_allowed(value, allowed):
+    if isinstance(value, tuple):
+        return all(_is_allowed(part, allowed) for part in value)
     if ".." in allowed:
         low, high = map(float, allowed.split(".."))
         return low <= value <= high
     return not allowed or value in allowed.split("|")
 
 
-def _check_settings(settings):
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "one of"}
+def _read_settings(settings):  # each may be given as its text, as on the command line
     for name, (default, _, allowed) in SETTINGS.items():
-        value, kind = getattr(settings, name), kinds.get(type(default), "whole numbers like 1,2,3")
-        if not _is_allowed(value, default, allowed):
-            must = f"but must be {kind} {allowed}".rstrip()
-            raise UsageError(f"--{name.replace('_', '-')} is {value!r}, {must}")
+        given, (read, kind) = getattr(settings, name), KINDS[type(default)]
+        with contextlib.suppress(ValueError, KeyError):
+            value = read(setting_as_text(given))
+            if _is_allowed(value, allowed):
+                object.__setattr__(settings, name, value)
+                continue
+        must = f"but must be {kind} {allowed}".rstrip()
+        raise UsageError(f"--{name.replace('_', '-')} is {given!r}, {must}")
     if settings.dataset not in DATASETS and not Path(settings.dataset).exists():
         known = ", ".join(DATASETS)
         raise UsageError(f"--dataset is {settings.dataset!r}, but must be {known} or a path")
@@ -152,27 +159,9 @@ Settings = dataclasses.make_dataclass(
     "Settings",
     [(name, type(default), default) for name, (default, *_) in SETTINGS.items()],
     frozen=True,
-    namespace={"__post_init__": _check_settings},
+    namespace={"__post_init__": _read_settings},
 )
 Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageError for bad values."
-
-
-def parse_setting(name, text):
-    """Return the value that `text` means for the setting `name`; the text if it means none."""
-    default, _, allowed = SETTINGS[name]
-    kinds = {
-        bool: lambda text: {"true": True, "false": False}[text.lower()],
-        tuple: lambda text: tuple(map(int, text.split(","))),
-    }
-    with contextlib.suppress(ValueError, KeyError):
-        value = kinds.get(type(default), type(default))(text)
-        return value if _is_allowed(value, default, allowed) else text
-    return text
-
-
-def setting_as_text(value):
-    """Return what to type for a setting's value, which may be a tuple or list."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,14 +196,15 @@ class Dataset(NamedTuple):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path beside `path`, for a file or a folder; rename it once it is synced."""
+    """Give a temporary path beside `path`, for a file or a folder; sync and rename it after."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
         for part in (*temporary.glob("*"), temporary):
             _sync(part)
-        if path.is_dir():  # which nothing can replace while it is full
+        if temporary.is_dir() and path.is_dir():  # which nothing can replace while it is full
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -236,46 +226,40 @@ def _remove(path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def keras_home():
+    """Return the folder where Keras keeps what it downloads."""
+    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
+
+
 @contextlib.contextmanager
 def downloading():
     """Give Keras' downloader a time limit, no progress bar in a log file, and one kind of error."""
-    limit, shown = socket.getdefaulttimeout(), sys.stdout if sys.stdout.isatty() else io.StringIO()
+    limit = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else io.StringIO()):
             yield
     except Exception as error:  # noqa: BLE001 (Keras raises bare ones)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"no download: {reason}") from None
+        raise OSError(f"no download into {keras_home()}: {_reason(error)}") from None
     finally:
         socket.setdefaulttimeout(limit)
 
 
 def cached_download(path, urls, read):
-    """Return read(path) of a cached file, fetched where it is absent or `read` raises UsageError.
-
-    None when no URL serves what `read` takes; nothing else ever gets the name.
-    """
+    """Return read(path), fetched first where `read` raises UsageError; None if no URL serves."""
     with contextlib.suppress(UsageError):
         return read(path)
     if path.exists():
         print(f"{path} is not as published; downloading it again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         try:
             with replacing(path) as partial:
                 with downloading():
-                    place = {"cache_dir": path.parent, "cache_subdir": ""}
-                    keras.utils.get_file(partial.name, url, **place)
+                    keras.utils.get_file(partial.name, url, cache_dir=path.parent, cache_subdir="")
                 return read(partial)
         except (OSError, UsageError) as error:
             print(f"{url}: {error}")
     return None
-
-
-def keras_home():
-    """Return the folder where Keras keeps what it downloads."""
-    return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
 
 
 def load_mnist():
@@ -294,8 +278,7 @@ def _read_mnist(path):
 def load_dataset(settings):
     """Return the Dataset that `settings.dataset` names or is the path of.
 
-    Without MNIST and without a network: a stand-in drawn by the shipped generator, and named so.
-    Raises UsageError for data that do not fit, RunError for a set that cannot be downloaded.
+    Raises UsageError for data that do not fit, OSError for a set that cannot be downloaded.
     """
     load = DATASETS.get(settings.dataset)
     return load(settings) if load else load_path(settings.dataset, settings)
@@ -317,12 +300,8 @@ def _load_mnist_or_stand_in(settings):
 def _load_from_keras(settings):
     name = settings.dataset
     print(f"{name}: from Keras, which downloads it once.", flush=True)
-    try:  # CIFAR-10 comes as pickles, but out of an archive whose SHA-256 Keras checks each time
-        with downloading():
-            (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
-    except OSError as error:
-        remedy = f"if it broke off, delete {keras_home() / 'datasets' / name[:5]}*"
-        raise RunError(f"Keras has no {name} to give: {error}; {remedy}") from None
+    with downloading():  # CIFAR-10 has pickles, in an archive whose SHA-256 Keras always checks
+        (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
     return as_dataset(images, labels.ravel(), name, test_images, settings)
 
 
@@ -352,8 +331,7 @@ def _reading(path, kind):
     try:
         yield
     except Exception as error:  # noqa: BLE001 (parsers of files raise half a dozen kinds)
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UsageError(f"{path} is no {kind} to be read: {' '.join(reason.split())}") from None
+        raise UsageError(f"{path} is no {kind} to be read: {_reason(error)}") from None
 
 
 def _bound(size, what, largest=math.inf):
@@ -365,45 +343,40 @@ def read_npz(path):
     """Return the arrays of an .npz by name. Raises UsageError for what is not one."""
     with _reading(path, ".npz"), zipfile.ZipFile(path) as archive:
         _bound(sum(member.file_size for member in archive.infolist()), "it")
-        arrays = {member.filename: _read_npy(archive, member) for member in archive.infolist()}
-    return {name.removesuffix(".npy"): array for name, array in arrays.items()}
+        return {name.removesuffix(".npy"): _read_npy(archive, name) for name in archive.namelist()}
 
 
-def _read_npy(archive, member):
-    if not re.fullmatch(r"[\w .-]+\.npy", member.filename):
-        raise UsageError(f"{member.filename!r} in it is no array")
-    with archive.open(member) as file:  # NumPy would take whatever memory the header asks for
+def _read_npy(archive, name):
+    if not re.fullmatch(r"[\w .-]+\.npy", name):
+        raise UsageError(f"{name!r} in it is no array")
+    with archive.open(name) as file:  # NumPy's own reader takes whatever memory the header claims
         version, _ = np.lib.format.read_magic(file)
-        header = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
-        _bound(math.prod(header[0]) * header[2].itemsize, member.filename, member.file_size)
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        read_header = getattr(np.lib.format, f"read_array_header_{version}_0")
+        shape, by_columns, dtype = read_header(file)
+        return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def _load_npz(path, settings):
     arrays = read_npz(path)
-    names = (("images", "x_train"), ("labels", "y_train"), ("test_images", "x_test"))
-    images, labels, test_images = (arrays.get(one, arrays.get(other)) for one, other in names)
-    if images is None:
+    if not {"images", "x_train"} & set(arrays):
         raise UsageError(f"{path} holds no array named images or x_train: {sorted(arrays)}")
-    return images, labels, test_images
+    names = (("images", "x_train"), ("labels", "y_train"), ("test_images", "x_test"))
+    return [arrays.get(ours, arrays.get(keras_name)) for ours, keras_name in names]
 
 
 def _load_idx(sets, settings):
-    sets = [path for path in sets if "train" in path.name] or sets
-    name = sets[0].name.removesuffix(".gz")
-    if any(path.name.removesuffix(".gz") != name for path in sets):
-        raise UsageError(f"{sets[0].parent} holds several sets: name one, like {sets[0]}")
-
-    def read(name):
-        files = [sets[0].with_name(name), sets[0].with_name(f"{name}.gz")]
-        return next((_read_idx(path) for path in files if path.exists()), None)
-
-    unseen = name.replace("train", "test" if name.startswith("emnist") else "t10k")
-    labels = read(name.replace("images", "labels").replace("idx3", "idx1"))
-    if labels is not None and "emnist-letters" in name:
+    images, *others = [path for path in sets if "train" in path.name] or sets
+    if others:
+        raise UsageError(f"{images.parent} holds several sets: name one, like {images}")
+    test = "test" if images.name.startswith("emnist") else "t10k"
+    unseen = images.with_name(images.name.replace("train", test))
+    labels = images.with_name(re.sub("images(.)idx3", r"labels\1idx1", images.name))
+    labels, unseen = (
+        _read_idx(path) if path != images and path.exists() else None for path in (labels, unseen)
+    )
+    if labels is not None and "emnist-letters" in images.name:
         labels = labels - 1  # A is number 1 there
-    return _read_idx(sets[0]), labels, read(unseen) if unseen != name else None
+    return _read_idx(images), labels, unseen
 
 
 def _read_idx(path):
@@ -427,11 +400,9 @@ def _load_pictures(folder, settings):
             raise UsageError(f"{place} holds no picture: {' '.join(sorted(PICTURES))}")
         paths += found
         labels += [label] * len(found)
-    with warnings.catch_warnings(), multiprocessing.pool.ThreadPool() as pool:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # at 90 million pixels
-        shape = _read_picture(paths[0], settings).shape
-        _bound(math.prod(shape) * len(paths), f"{folder}'s pictures")
+    shape = _read_picture(paths[0], settings).shape
+    _bound(math.prod(shape) * len(paths), f"{folder}'s pictures")
+    with multiprocessing.pool.ThreadPool() as pool:
         images = pool.imap(lambda path: _read_picture(path, settings, shape), paths)
         images = np.fromiter(images, (np.uint8, shape), len(paths))
     return images, np.array(labels) if classes else None, None
@@ -441,25 +412,22 @@ def _read_picture(path, settings, shape=None):
     with _reading(path, "picture"), Image.open(path, formats=PICTURE_FORMATS) as picture:
         if picture.mode[0] in "IF":
             raise UsageError("it has more than 8 bits a channel")
-        if settings.image_size:  # a sixth of a JPEG's time: it need not be decoded in full
-            picture.draft(None, 2 * [2 * settings.image_size])
         image = _fitted(ImageOps.exif_transpose(picture), settings)
-    if image.shape != (shape or image.shape):
-        remedy = "--image-size or --image-colour makes them alike"
-        raise UsageError(f"{path} is {image.shape}, but others are {shape}: {remedy}")
-    return image
+        if shape not in (None, image.shape):
+            remedy = "--image-size or --image-colour makes them alike"
+            raise UsageError(f"it is {image.shape}, others are {shape}: {remedy}")
+        return image
 
 
 def _fitted(picture, settings):
+    as_it_is = "L" if picture.mode in ("1", "L", "LA") else "RGB"
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(page, picture.convert("RGBA"))
-    is_grey = picture.mode in ("1", "L", "LA")
-    modes = {"auto": "L" if is_grey else "RGB", "grey": "L", "colour": "RGB"}
+    modes = {"auto": as_it_is, "grey": "L", "colour": "RGB"}
     picture = picture.convert(modes[settings.image_colour])
-    if settings.image_size:
-        picture = ImageOps.fit(picture, 2 * [settings.image_size])
-    return np.atleast_3d(picture)
+    size = 2 * [settings.image_size] if settings.image_size else picture.size
+    return np.atleast_3d(ImageOps.fit(picture, size))
 
 
 def as_picture(image):
@@ -480,13 +448,13 @@ def as_dataset(images, labels=None, name="images", test_images=None, settings=Se
         if test_images.shape[1:] != images.shape[1:]:
             raise UsageError(f"test images of {name} are not {images.shape[1:]} like the others")
     if images.size != size:
-        name += f" {images.shape[1]}x{images.shape[2]}x{images.shape[3]}"
+        name += " " + "x".join(map(str, images.shape[1:]))
     if labels is not None:
         labels = np.asarray(labels)
         fits = labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
         if not fits or not 0 <= labels.min() <= labels.max() <= 255:
-            got = f"{labels.dtype} {labels.shape}"
-            raise UsageError(f"labels of {name} must be {len(images):,} of 0 to 255, but are {got}")
+            must = f"must be {len(images):,} whole numbers from 0 to 255"
+            raise UsageError(f"{name}'s labels {must}, but are {labels.dtype} {labels.shape}")
         labels = labels.astype(np.uint8)
     return Dataset(images, labels, name, test_images)
 
@@ -1322,42 +1290,46 @@ def latent_points(generator, count, seed):
     return tf.random.stateless_normal((count, size), (seed, 1)).numpy()
 
 
+def latent_walk(generator, walks, seed, frames=120):
+    """Return latent points float32 (frames, walks, LATENT_DIM) of smooth round trips.
+
+    Spherical interpolation (arXiv 1609.04468) all along the circle through two random points:
+    each point on it is as likely as any that is drawn at random.
+    """
+    start, aside = latent_points(generator, 2 * walks, seed).reshape(2, walks, -1)
+    angle = np.linspace(0, 2 * np.pi, frames, endpoint=False, dtype=np.float32)
+    angle = angle[:, np.newaxis, np.newaxis]
+    return np.cos(angle) * start + np.sin(angle) * aside
+
+
 def classes_of(generator):
     """Return how many classes the generator is told of, 0 for an unconditional one."""
     encoders = [x for x in generator.layers if isinstance(x, keras.layers.CategoryEncoding)]
     return encoders[0].num_tokens if encoders else 0
 
 
-def draw(generator, latent, labels):
-    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM) and classes (N,).
+def classes_to_draw(generator, count, digits=None):
+    """Return classes uint8 (N,): `count`, each in turn, or `count` rows of `digits`."""
+    classes = classes_of(generator)
+    if digits is None:
+        return (np.arange(count) % max(1, classes)).astype(np.uint8)
+    names = [str(digit) for digit in digits]
+    if not names or not set(names) <= set(map(str, range(classes))):
+        known = f"the classes 0 to {classes - 1}" if classes else "no classes"
+        raise UsageError(f"this generator cannot draw {digits!r}: it knows {known}")
+    return np.tile(np.array(names, np.uint8), count)
 
-    An unconditional generator ignores the classes.
-    """
+
+def draw(generator, latent, labels):
+    """Return uint8 images (N, H, W, C) of latent points (N, LATENT_DIM), classes (N,) if told."""
     parts = []
     at_once = min(1000, 1 + 2**22 // math.prod(generator.output_shape[1:]))
     for start in range(0, len(latent), at_once):
         some = slice(start, start + at_once)
-        inputs = tf.constant(latent[some])
-        if len(generator.inputs) == 2:
-            inputs = [inputs, tf.constant(labels[some], tf.int32)]
-        images = generator(inputs, training=False)
+        inputs = [tf.constant(latent[some]), tf.constant(labels[some], tf.int32)]
+        images = generator(inputs if len(generator.inputs) == 2 else inputs[0], training=False)
         parts.append(tf.cast(tf.round((images + 1) * 127.5), tf.uint8).numpy())
     return np.concatenate(parts)
-
-
-def classes_to_draw(generator, count, digits=None):
-    """Return classes uint8 (N,): `count`, each in turn, or `count` rows of `digits`.
-
-    Raises UsageError for digits that the generator cannot draw.
-    """
-    classes = classes_of(generator)
-    if digits is None:
-        return (np.arange(count) % max(1, classes)).astype(np.uint8)
-    labels = [int(digit) for digit in digits]
-    if not labels or not set(labels) <= set(range(classes)):
-        known = f"the classes 0 to {classes - 1}" if classes else "no classes"
-        raise UsageError(f"this generator cannot draw {digits!r}: it knows {known}")
-    return np.tile(labels, count).astype(np.uint8)
 
 
 def draw_random(generator, count, digits=None, seed=None):
@@ -1376,15 +1348,9 @@ def generate(generator, count, digits=None, seed=None):
 
 
 def draw_grid(generator, seed):
-    """Return images (N, H, W, C) for a grid and its columns: a row of ten for each class.
-
-    Above 26 classes get fewer images each, and share rows, or no screen could hold them.
-    """
-    classes = classes_of(generator) or 10
-    each = min(10, max(1, 260 // classes))
-    images = generate(generator, classes * each, seed=seed)
-    order = np.arange(len(images)).reshape(each, classes).T.ravel()
-    return images[order], each if each == 10 else each * round(math.sqrt(classes / each))
+    """Return images (N, H, W, C) for a grid of ten columns: a row for each class."""
+    labels = np.repeat(np.arange(classes_of(generator) or 10), 10)
+    return draw(generator, latent_points(generator, len(labels), seed), labels)
 
 
 def mosaic(images, columns):
@@ -1393,32 +1359,29 @@ def mosaic(images, columns):
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     blank = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
     rows = np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:])
-    return np.concatenate(np.concatenate(rows.swapaxes(0, 1), axis=2), axis=0)
+    return np.vstack([np.hstack(row) for row in rows])
 
 
 def save_grid(path, images, columns, title=""):
     """Write a PNG of images (N, H, W, C) under a title."""
     picture = as_picture(mosaic(images, columns))
-    strip = 36 if title else 0  # pixels
-    page = Image.new(picture.mode, (picture.width, picture.height + strip), "white")
-    page.paste(picture, (0, strip))
-    place, font = (page.width / 2, strip / 2), ImageFont.load_default(15)
-    ImageDraw.Draw(page).text(place, title, "black", font, anchor="mm")
+    if title:
+        picture = ImageOps.expand(picture, (0, 36, 0, 0), "white")
+        place, font = (picture.width / 2, 18), ImageFont.load_default(15)
+        ImageDraw.Draw(picture).text(place, title, "black", font, anchor="mm")
     with replacing(path) as temporary:
-        page.save(temporary)
+        picture.save(temporary)
 
 
 def save_neighbours(path, images, neighbours):
     """Write a PNG of images (N, H, W, C), each to the left of its nearest training image."""
     gap = np.full_like(images[:, :, : images.shape[2] // 4], 255)
     pairs = np.concatenate([images, neighbours, gap], axis=2)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_grid(path, pairs, 5, "Left: measured. Right: the training image with the nearest features")
 
 
 def save_pictures(folder, images, labels=None):
     """Write one PNG for each of the images (N, H, W, C), its number and class in its name."""
-    folder.mkdir(exist_ok=True)
     for number, image in enumerate(images):
         name = f"{number:06d}" + ("" if labels is None else f"_class_{labels[number]}")
         with replacing(folder / f"{name}.png") as temporary:
@@ -1437,45 +1400,27 @@ def save_metrics_plot(path, history, title):
     """Write metrics.png: losses, Inception score, FID and class shares against epochs."""
     from matplotlib.figure import Figure
 
-    measured = [row for row in history if row["fid"] is not None]
-    read = [row for row in measured if row["class_shares"]]
-    panels = [
-        ("Losses, mean over the epoch", history, ["discriminator_loss", "generator_loss"]),
-        ("Inception score: higher is better", measured, ["inception_score"]),
-        ("Fréchet Inception distance: lower is better", measured, ["fid"]),
-        ("Share of each class in the samples", read, ["class_shares"]),
-    ]
+    panels = {
+        "Losses, mean over the epoch": ["discriminator_loss", "generator_loss"],
+        "Inception score: higher is better": ["inception_score"],
+        "Fréchet Inception distance: lower is better": ["fid"],
+        "Share of each class in the samples": ["class_shares"],
+    }
     figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     figure.suptitle(title)
-    for axes, (heading, rows, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        epochs = [row["epoch"] for row in rows]
+    for axes, (heading, names) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for name in names:
+            rows = [row for row in history if row.get(name) is not None]
             values = np.array([row[name] for row in rows])
             labels = range(values.shape[-1]) if values.ndim > 1 else name.replace("_", " ")
-            axes.plot(epochs, values, marker="." if len(rows) < 30 else "", label=labels)
-        axes.set(title=heading, xlabel="epoch", yscale="log" if names == ["fid"] else "linear")
+            axes.plot([row["epoch"] for row in rows], values, marker=".", label=labels)
+        axes.set(title=heading, xlabel="epoch", yscale="log" if "fid" in names else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(axes.lines) <= 20:  # the names of more classes would hide the curves
-            axes.legend(ncols=5 if names == ["class_shares"] else 1, fontsize="small")
+            axes.legend(ncols=math.ceil(len(axes.lines) / 2), fontsize="small")
         axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary)
-
-
-def latent_walk(generator, walks, seed, frames=120, stops=6):
-    """Return latent points float32 (frames, walks, LATENT_DIM) of smooth round trips.
-
-    Along great circles between `stops` points each (spherical interpolation, arXiv 1609.04468).
-    """
-    points = latent_points(generator, stops * walks, seed).reshape(stops, walks, -1)
-    lengths = np.linalg.norm(points, axis=2, keepdims=True)
-    leg, share = np.divmod(np.arange(frames) * stops, frames)
-    share = (share / frames).astype(np.float32)[:, np.newaxis, np.newaxis]
-    after = (leg + 1) % stops
-    (start, end), (near, far) = ((x[leg], x[after]) for x in (points / lengths, lengths))
-    angle = np.arccos(np.clip((start * end).sum(axis=2, keepdims=True), -0.999, 0.999))
-    way = (np.sin((1 - share) * angle) * start + np.sin(share * angle) * end) / np.sin(angle)
-    return way * ((1 - share) * near + share * far)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1971,7 +1916,7 @@ def _write_epoch(run):
         writer.writeheader()
         writer.writerows(run.history)
     if row["drawn"]:
-        save_grid(_grid_path(run, row), *draw_grid(average, settings.seed), _title(run, row))
+        save_grid(_grid_path(run, row), draw_grid(average, settings.seed), 10, _title(run, row))
     save_keras(average, checkpoints / "generator_latest.h5")
     if row is _best(run.history):
         save_keras(average, checkpoints / "generator_best.h5")
@@ -2041,9 +1986,9 @@ def _train_command(settings, options):
 
 
 def _save_npz(path, images, labels):
+    arrays = {"images": images, "labels": labels}
     with replacing(path) as temporary:
-        arrays = {"images": images} | ({} if labels is None else {"labels": labels})
-        np.savez_compressed(temporary, **arrays)
+        np.savez_compressed(temporary, **{k: v for k, v in arrays.items() if v is not None})
 
 
 def _save_walk(path, images, columns):
@@ -2063,27 +2008,17 @@ def _generate_command(settings, options):
     output = Path(options.get("output", Path(settings.samples_dir, "generated.png")))
     if output.suffix not in WRITERS:
         raise UsageError(f"--output is {str(output)!r}, but must be a .png, .npz, .gif or a folder")
-    digits = options.get("digits")
-    if not re.fullmatch("[0-9]+", digits or "0"):
-        raise UsageError(f"--digits is {digits!r}, but must be digits like 2026")
-    path = options.get("checkpoint", default_generator(settings))
+    _refuse_unwritable(output.parent if output.suffix else output)
+    path, digits = options.get("checkpoint", default_generator(settings)), options.get("digits")
     generator = load_generator(path, settings)
     labels = classes_to_draw(generator, options.get("count", 10 if digits else 100), digits)
-    if len(labels) > 10_000 and output.suffix == ".png":
-        raise UsageError(f"{len(labels):,} images are too many for a grid: use an .npz or a folder")
-    classes = classes_of(generator)
-    in_turn = classes * round(10 / classes) if 0 < classes <= 16 else 10
-    columns = len(digits) if digits else min(len(labels), in_turn)
+    columns = len(digits) if digits else min(len(labels), 10)
     latent = latent_points(generator, len(labels), settings.seed)
     if output.suffix == ".gif":
-        latent = latent_walk(generator, columns, settings.seed)
-        labels = np.tile(labels[:columns], len(latent))
-    images = draw(generator, latent.reshape(len(labels), -1), labels)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[output.suffix](output, images, labels if classes else None, columns)
-    except OSError as error:
-        raise UsageError(f"cannot write {output}: {error.strerror}") from None
+        frames = latent_walk(generator, columns, settings.seed)
+        latent, labels = np.concatenate(frames), np.tile(labels[:columns], len(frames))
+    images = draw(generator, latent, labels)
+    WRITERS[output.suffix](output, images, labels if classes_of(generator) else None, columns)
     print(f"Drawn by {path}: {output}")
 
 
@@ -2208,7 +2143,7 @@ def parse_command_line(arguments):
             raise UsageError(f"--{name} goes with {OPTIONS[name][0].replace(' ', ' and ')}")
     if not 1 <= options.get("count", 1) <= 1_000_000:
         raise UsageError(f"--count is {options['count']}, but must be a whole number 1..1000000")
-    return command, Settings(**{name: parse_setting(name, given[name]) for name in given}), options
+    return command, Settings(**given), options
 
 
 @contextlib.contextmanager
