@@ -883,7 +883,7 @@ def _inception_block(hidden, one, three, five, pooled):
 
 
 def train_inception(training, test, epochs=14):
-    """Return an Inception network trained on `training`, and its accuracy on `test`.
+    """Return an Inception network trained on `training`; say how well it reads `test`.
 
     Both are uint8 images (N, H, W, C) and labels (N,).
     """
@@ -891,7 +891,7 @@ def train_inception(training, test, epochs=14):
     inception = build_inception(training[0].shape[1:], int(training[1].max()) + 1)
     edge = {"fill_mode": "constant", "fill_value": -1.0}
     layers = [
-        keras.Input(training[0].shape[1:]),
+        keras.Input(inception.input_shape[1:]),
         keras.layers.Rescaling(1 / 127.5, offset=-1),
         keras.layers.RandomRotation(0.03, **edge),
         keras.layers.RandomTranslation(0.08, 0.08, **edge),
@@ -906,7 +906,9 @@ def train_inception(training, test, epochs=14):
     classifier.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     verbose = 1 if sys.stdout.isatty() else 2  # a bar or a line
     classifier.fit(*training, batch_size=128, epochs=epochs, verbose=verbose)
-    return inception, classifier.evaluate(*test, verbose=0)[1]
+    accuracy = classifier.evaluate(*test, verbose=0)[1]
+    print(f"It reads {accuracy:.2%} right of {len(test[0]):,} images that it never saw.")
+    return inception
 
 
 class Ruler(NamedTuple):
@@ -923,18 +925,18 @@ class Ruler(NamedTuple):
 def load_ruler(settings, dataset):
     """Return the Ruler that `settings.inception` means for `dataset`.
 
-    "mnist" is the shipped one, "imagenet" that of the papers, "auto" the shipped one for MNIST and
-    for images without classes, else one that is trained at first use. All that this trains,
-    downloads or measures is kept in the folder gan_mnist of the Keras home.
+    "mnist" is the shipped one, "imagenet" the papers', "auto" the shipped one for MNIST and images
+    without classes, else one trained at first use. The Keras home's folder gan_mnist keeps them.
     """
-    kind, is_mnist_like = settings.inception, dataset.name in ("mnist", "stand-in")
-    if kind == "auto" and (is_mnist_like or dataset.labels is None or not dataset.labels.any()):
+    kind = settings.inception
+    if kind == "auto" and dataset.name in ("mnist", "stand-in"):
         kind = "mnist"
-        if not is_mnist_like:
-            print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
+    elif kind == "auto" and (dataset.labels is None or not dataset.labels.any()):
+        kind = "mnist"
+        print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
     ruler = RULERS[kind](dataset)
-    is_mnist = hashlib.sha256(dataset.images.tobytes()).hexdigest() == MNIST_DIGESTS["x_train"]
-    if kind == "mnist" and is_mnist:
+    digest = hashlib.sha256(dataset.images.tobytes()).hexdigest()
+    if kind == "mnist" and digest == MNIST_DIGESTS["x_train"]:
         return ruler._replace(**read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz"))
     mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
     return ruler._replace(mean=mean, covariance=covariance)
@@ -953,9 +955,8 @@ def _trained_ruler(dataset):
         order = np.random.default_rng(0).permutation(len(images))[:INCEPTION_IMAGES]
         test, training = np.split(order, [math.ceil(len(order) / 10)])
         parts = [(images[part], labels[part]) for part in (training, test)]
-        trained, accuracy = train_inception(*parts, min(20, INCEPTION_IMAGES // len(training)))
-        print(f"It reads {accuracy:.1%} right of {len(test):,} images that it never saw.")
-        return trained.get_weights()
+        epochs = min(20, INCEPTION_IMAGES // len(training))
+        return train_inception(*parts, epochs).get_weights()
 
     weights = _cached(f"inception for {fingerprint(dataset)}", train)
     network = build_inception(images.shape[1:], int(labels.max()) + 1)
@@ -979,7 +980,7 @@ def _outputs_of(network):
 
 
 def _imagenet_ruler(_):
-    path = keras_home() / "gan_mnist" / "inception-2015-12-05.tgz"
+    path = keras_home() / "gan_mnist" / Path(IMAGENET).name
     outputs = cached_download(path, IMAGENET_MIRRORS, _imagenet_outputs)
     if outputs is None:
         raise RunError(f"the Inception graph is neither at {path} nor to be had from a mirror")
@@ -1033,13 +1034,9 @@ def _cached(name, make):
 
 
 def reference_outputs(ruler, images):
-    """Return features (N, F) of real images and the classes (N,) read in them; both are kept."""
-
-    def make():
-        features, probabilities = measure(ruler, images)
-        return features, probabilities.argmax(axis=1)
-
-    return _cached(f"{ruler.name} on {fingerprint(Dataset(images, None, ''))}", make)
+    """Return what `measure` does, of real images: it is kept."""
+    name = f"{ruler.name} on {fingerprint(Dataset(images, None, ''))}"
+    return _cached(name, lambda: measure(ruler, images))
 
 
 def measure(ruler, images):
@@ -1065,8 +1062,8 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     """Return the squared Fréchet distance of two Gaussians, 0 or more; lower is nearer.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), arXiv 1706.08500. The trace of the root is the
-    nuclear norm of C1^(1/2) C2^(1/2): real whatever the ranks, so a collapsed generator gets a
-    number, not an imaginary part. Raises ValueError where an argument is not finite.
+    nuclear norm of C1^(1/2) C2^(1/2): real whatever the ranks. Raises ValueError where an
+    argument is not finite.
     """
     given = (mean_1, covariance_1, mean_2, covariance_2)
     mean_1, covariance_1, mean_2, covariance_2 = map(np.asarray_chkfinite, given)
@@ -1083,8 +1080,7 @@ def _symmetric_root(matrix):
 def inception_score(probabilities, splits=10):
     """Return mean and standard deviation of exp E KL(p(y|x) || p(y)) over `splits` parts.
 
-    From class probabilities (N, K): 1 to K, higher is better (arXiv 1606.03498). Fewer images
-    than `splits` are split into single ones.
+    From class probabilities (N, K): 1 to K, higher is better (arXiv 1606.03498).
     """
     parts = np.array_split(np.asarray(probabilities, np.float64), min(splits, len(probabilities)))
     divergences = [scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1) for part in parts]
@@ -1115,9 +1111,8 @@ def kernel_inception_distance(features_1, features_2, subsets=100, subset_size=1
 def precision_recall(real_features, generated_features, neighbours=3):
     """Return improved precision and recall, each 0 to 1, higher is better (arXiv 1904.06991).
 
-    The share of generated features (N, F) within the real manifold, and of real ones within the
-    generated: the balls around its points that reach their k-th neighbour. Raises ValueError
-    where a side has no more than `neighbours` points.
+    The share of generated features (N, F) within any ball around a real one that reaches its k-th
+    neighbour, and the reverse. Raises ValueError where a side has no more than k points.
     """
     precise = _within_balls(generated_features, real_features, neighbours).any(axis=1)
     recalled = _within_balls(real_features, generated_features, neighbours).any(axis=1)
@@ -1127,18 +1122,16 @@ def precision_recall(real_features, generated_features, neighbours=3):
 def density_coverage(real_features, generated_features, neighbours=5):
     """Return density, 0 and up, and coverage, 0 to 1; higher is better (arXiv 2002.09797).
 
-    How many of the real features' balls hold a generated one, over k, about 1 for real images; and
-    the share of those balls that hold any. Raises ValueError for no more than `neighbours` reals.
+    How many of those balls hold a generated feature (N, F), over k, about 1 for real images; and
+    the share of them that hold any. Raises ValueError for no more than k real points.
     """
     within = _within_balls(generated_features, real_features, neighbours)
     return float(within.sum(axis=1).mean() / neighbours), float(within.any(axis=0).mean())
 
 
-def _within_balls(points, centres, neighbours):
-    def reach(rows):
-        return np.partition(rows, neighbours)[:, neighbours].copy()  # so that the rest can go
-
-    radii = _map_distances(reach, centres, centres)
+def _within_balls(points, centres, k):
+    # Copied, so that the rest can go.
+    radii = _map_distances(lambda rows: np.partition(rows, k)[:, k].copy(), centres, centres)
     return _map_distances(lambda rows: rows <= radii, points, centres)
 
 
@@ -1167,10 +1160,9 @@ def nearest(points, others):
 def frechet_interval(features, mean, covariance, classes=None):
     """Return the ends of a 95 % interval about the Fréchet distance of features (N, F).
 
-    Two bootstrap deviations each way, by each image's pull on the distance (to first order that is
-    what resampling gives, without its bias: the infinitesimal jackknife). It is for the mean
-    distance of N such images; of infinitely many it is smaller. Where `classes` (N,) were asked
-    for, their shares are fixed. Near the distance of real images it is up to sqrt(2) too wide.
+    It is for the mean distance of N such images: two bootstrap deviations each way, to first order
+    (the infinitesimal jackknife: resampling itself would add a bias), up to sqrt(2) too wide near
+    real images' distance. Where `classes` (N,) were asked for, their shares are fixed.
     """
     own_mean, own_covariance = feature_statistics(features)
     centred, root = features - own_mean, _symmetric_root(covariance)
@@ -1186,12 +1178,9 @@ def frechet_interval(features, mean, covariance, classes=None):
 
 
 def class_divergence(classes, real_classes):
-    """Return the Kullback-Leibler divergence of classes (N,) from real ones, in nats; 0 is best.
-
-    One image more in each real class keeps it finite.
-    """
+    """Return the Kullback-Leibler divergence of classes (N,) from real ones, in nats; 0 is best."""
     drawn = np.bincount(classes, minlength=1 + real_classes.max())
-    real = np.bincount(real_classes, minlength=len(drawn)) + 1
+    real = np.bincount(real_classes, minlength=len(drawn)) + 1  # one more each keeps it finite
     return float(scipy.special.rel_entr(drawn / drawn.sum(), real / real.sum()).sum())
 
 
@@ -1205,12 +1194,12 @@ def frechet_distance_per_class(features, classes, real_features, real_classes):
     return distances
 
 
-def quick_metrics(ruler, images):
-    """Return what every epoch reports, by name, of uint8 images (N, H, W, C)."""
-    return _scores(ruler, *measure(ruler, images))
+def quick_metrics(ruler, images, outputs=None):
+    """Return what every epoch reports, by name, of uint8 images (N, H, W, C).
 
-
-def _scores(ruler, features, probabilities):
+    `outputs` is what `measure` returned of them, where that is known.
+    """
+    features, probabilities = outputs or measure(ruler, images)
     score, deviation = inception_score(probabilities)
     count, classes = probabilities.shape
     shares = np.bincount(probabilities.argmax(axis=1), minlength=classes) / count
@@ -1227,9 +1216,9 @@ def _scores(ruler, features, probabilities):
 def evaluate_images(images, settings, labels=None, page=None):
     """Return every metric by name for uint8 images (N, H, W, C), against `settings.dataset`.
 
-    `labels` (N,) are the classes that were asked for. What cannot be had is None. On `page`, a
-    path, come 20 images beside their nearest training images. Raises UsageError for fewer than 2
-    images, or of another shape than the data's.
+    `labels` (N,): the classes that were asked for. None: what cannot be had. `page`: where to draw
+    20 images beside the nearest training images. Raises UsageError for fewer than 2 images, or of
+    another shape than the data's.
     """
     images, dataset = as_dataset(images).images, load_dataset(settings)
     if min(len(images), len(dataset.images)) < 2 or images.shape[1:] != dataset.images.shape[1:]:
@@ -1239,18 +1228,19 @@ def evaluate_images(images, settings, labels=None, page=None):
     if len(images) <= len(ruler.mean):
         few = f"{len(images)} images are few for {len(ruler.mean)} features"
         print(f"{few}: FID is far higher than it would be with more.", file=sys.stderr)
-    real, real_classes = reference_outputs(ruler, dataset.images)
-    features, probabilities = measure(ruler, images)
+    real, real_probabilities = reference_outputs(ruler, dataset.images)
+    features, probabilities = outputs = measure(ruler, images)
     indices, distances = nearest(features[:NEIGHBOUR_IMAGES], real)
     if page:
         save_neighbours(page, images[:20], dataset.images[indices[:20]])
-    read = (probabilities.argmax(axis=1), real_classes) if ruler.reads_classes else None
+    read = [x.argmax(axis=1) for x in (probabilities, real_probabilities)]
+    read = read if ruler.reads_classes else None
     known = read if labels is None or dataset.labels is None else (labels, dataset.labels)
     return {
         "images": len(images),
         "dataset": dataset.name,
         "inception": ruler.name,
-        **_scores(ruler, features, probabilities),
+        **quick_metrics(ruler, images, outputs),
         "fid_interval": frechet_interval(features, ruler.mean, ruler.covariance, labels),
         "class_divergence": read and class_divergence(*read),
         "fid_per_class": known and frechet_distance_per_class(features, known[0], real, known[1]),
@@ -2109,10 +2099,8 @@ def _inception_command(settings, options):
     training, test = (
         (arrays[f"x_{part}"][..., np.newaxis], arrays[f"y_{part}"]) for part in ("train", "test")
     )
-    network, accuracy = train_inception(training, test)
-    print(f"{network.count_params():,} parameters, {accuracy:.2%} of the test images read right")
     path = HERE / "weights" / f"{INCEPTION_NAME}.h5"
-    save_keras(network, path)
+    save_keras(train_inception(training, test), path)
     mean, covariance = feature_statistics(measure(_shipped_ruler(None), training[0])[0])
     with replacing(path.with_suffix(".npz")) as temporary:
         np.savez(temporary, mean=mean, covariance=covariance)
