@@ -1306,7 +1306,7 @@ def draw_grid(generator, seed):
 
 
 def mosaic(images, columns):
-    """Return one picture (H', W', C) of images (N, H, W, C), small ones enlarged, the rest black."""
+    """Return one picture (H', W', C) of images (N, H, W, C), small ones enlarged."""
     scale = max(1, round(64 / images.shape[1]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     blank = np.zeros((-len(images) % columns, *images.shape[1:]), np.uint8)
@@ -1384,8 +1384,8 @@ HARMLESS = re.compile(  # what a file may be made of: none of these runs code fr
     "InputLayer|Dense|BatchNormalization|ReLU|LeakyReLU|Activation|Reshape|Flatten|Concatenate|"
     "CategoryEncoding|Embedding|Dropout|Conv2D|Conv2DTranspose|UpSampling2D|MaxPooling2D|"
     "AveragePooling2D|GlobalAveragePooling2D|DTypePolicy|Zeros|Ones|Constant|VarianceScaling|"
-    "Cropping2D|Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)|__keras_tensor__|"
-    r"null|keras|keras\.layers|keras\.initializers"
+    "Cropping2D|Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)|"
+    r"__keras_tensor__|null|keras|keras\.layers|keras\.initializers"
 )
 LARGEST_OUTPUT = 2**24  # numbers that a layer of a loaded model may give for one image
 MAY_CHANGE = re.compile(  # from one session of a run to the next
