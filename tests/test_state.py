@@ -339,6 +339,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_line_and_nothing_else(
     quick, tmp_path, monkeypatch, capsys
 ):
     gan_mnist.train(DATA, settings=settings_in(tmp_path / "whole", epochs=2))
+    monkeypatch.setattr(gan_mnist, "PATIENCE", 60)
     disk = Disk(monkeypatch)
     disk.full = range(10, 12)
     capsys.readouterr()
