@@ -204,8 +204,6 @@ def replacing(path):
         yield temporary
         for part in (*temporary.glob("*"), temporary):
             _sync(part)
-        if temporary.is_dir() and path.is_dir():  # which nothing can replace while it is full
-            shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
     finally:
@@ -1381,17 +1379,16 @@ def save_metrics_plot(path, history, title):
 
 SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
 HARMLESS = re.compile(  # what a file may be made of: none of these runs code from the file
-    "InputLayer|Dense|BatchNormalization|ReLU|LeakyReLU|Activation|Reshape|Flatten|Concatenate|"
-    "CategoryEncoding|Embedding|Dropout|Conv2D|Conv2DTranspose|UpSampling2D|MaxPooling2D|"
-    "AveragePooling2D|GlobalAveragePooling2D|DTypePolicy|Zeros|Ones|Constant|VarianceScaling|"
-    "Cropping2D|Orthogonal|TruncatedNormal|(Random|Glorot|He|Lecun)(Normal|Uniform)|"
-    r"__keras_tensor__|null|keras|keras\.layers|keras\.initializers"
+    "InputLayer|Dense|BatchNormalization|(Leaky)?ReLU|Activation|Reshape|Flatten|Concatenate|"
+    "CategoryEncoding|Embedding|Dropout|Conv2D(Transpose)?|UpSampling2D|Cropping2D|DTypePolicy|"
+    "(Max|Average|GlobalAverage)Pooling2D|Zeros|Ones|Constant|VarianceScaling|Orthogonal|"
+    r"(Random|Glorot|He|Lecun|Truncated)(Normal|Uniform)|null|keras(\.layers|\.initializers)?|"
+    "__keras_tensor__"
 )
-LARGEST_OUTPUT = 2**24  # numbers that a layer of a loaded model may give for one image
+SPARE = re.compile("initializer|regularizer|constraint|quantization|renorm")
 MAY_CHANGE = re.compile(  # from one session of a run to the next
     "epochs|max_minutes|samples_dir|checkpoints_dir|evaluation_images|.*_every"
 )
-STATES_KEPT = 3
 
 
 def save_keras(model, path):
@@ -1401,41 +1398,32 @@ def save_keras(model, path):
     memory = io.BytesIO()  # on a full disk HDF5 itself ends the process: a segmentation fault
     with h5py.File(memory, "w") as file:
         legacy_h5_format.save_model_to_hdf5(model, file, include_optimizer=False)
-        file.attrs["model_config"] = _portable(file.attrs["model_config"])
+        config = json.loads(file.attrs["model_config"])
+        for layer in config["config"]["layers"]:  # older versions of Keras choke on what is spare
+            layer["config"] = {x: y for x, y in layer["config"].items() if not SPARE.search(x)}
+        file.attrs["model_config"] = json.dumps(config)
     with replacing(path) as temporary:
         temporary.write_bytes(memory.getbuffer())
 
 
-def _portable(model_config):
-    """Drop how weights were initialised and constrained: older versions of Keras choke on it."""
-    config = json.loads(model_config)
-    for layer in config["config"]["layers"]:
-        for name in list(layer["config"]):
-            if re.search("initializer|regularizer|constraint|quantization|renorm", name):
-                del layer["config"][name]
-    return json.dumps(config)
-
-
 def load_keras(path):
     """Return the Keras model in an .h5. Raises UsageError if there is none or it isn't harmless."""
-    if not Path(path).is_file():
-        raise UsageError(f"{path} does not exist or is not a file")
     try:
         _refuse_strange_parts(path)
+        load = functools.partial(keras.models.load_model, path, compile=False, safe_mode=True)
         with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
-            layers = keras.models.load_model(path, compile=False, safe_mode=True).layers
-        if max(math.prod(layer.output.shape[1:]) for layer in layers) > LARGEST_OUTPUT:
-            raise ValueError("a layer gives too many numbers")
-        return keras.models.load_model(path, compile=False, safe_mode=True)
+            largest = max(math.prod(layer.output.shape[1:]) for layer in load().layers)
+        if largest > 2**24:
+            raise ValueError("a layer gives too many numbers for one image")
+        return load()
     except Exception as error:  # noqa: BLE001 (HDF5 and Keras raise a dozen kinds)
-        raise UsageError(f"{path} is no Keras model to be let in: {_reason(error)}") from None
+        raise UsageError(f"cannot load {path}: {_reason(error)}") from None
 
 
 def _refuse_strange_parts(path):
-    """Refuse what reaches out of an .h5, claims more than the file holds or might run code."""
     size, strange = Path(path).stat().st_size, []
 
-    def look(name, link):
+    def look(name, link):  # for what reaches out of the file or claims more than it holds
         part = file[name] if isinstance(link, h5py.HardLink) else link
         reaches_out = part is link or getattr(part, "external", 0) or getattr(part, "is_virtual", 0)
         if reaches_out or getattr(part, "nbytes", 0) > size:
@@ -1446,7 +1434,7 @@ def _refuse_strange_parts(path):
         layers = json.dumps(json.loads(file.attrs["model_config"])["config"]["layers"])
     named = re.findall('"(?:class_name|module|registered_name)": "?([^",}]*)', layers)
     if strange := strange + [name for name in named if not HARMLESS.fullmatch(name)]:
-        raise ValueError(f"it holds {', '.join(map(repr, sorted(set(strange))))}")
+        raise ValueError(f"it holds {sorted(set(strange))}")
 
 
 def load_generator(path=None, settings=Settings()):
@@ -1471,21 +1459,15 @@ def default_generator(settings):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Hold folder/lock, which the system frees when the process dies, however it dies.
-
-    Raises UsageError where another process holds it. Windows has no such locks in Python.
-    """
+    """Hold folder/lock, free again however the process ends. Raises UsageError if it isn't free."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as file:
         try:
-            if os.name == "posix":
+            if os.name == "posix":  # Windows has no such locks in Python
                 import fcntl
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before may have removed the file between our opening and locking it.
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-                raise FileNotFoundError
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise UsageError(f"{folder} is in use by the run of process {file.read()}") from None
         file.truncate(0)
@@ -1505,11 +1487,11 @@ def start_afresh(settings):
     left = [(checkpoints, name) for name in ("state", "generator_*.h5")]
     pictures = ("image_at_epoch_*.png", "metrics.*", "training.gif", "tensorboard/*")
     left += [(samples, name) for name in pictures]
-    old = [(x, moving / x.relative_to(folder)) for folder, name in left for x in folder.glob(name)]
+    old = {x: moving / x.relative_to(folder) for folder, name in left for x in folder.glob(name)}
     if not old and not moving.exists():
         return
     with alone_in(previous):
-        for path, new in old:
+        for path, new in old.items():
             new.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, new)
     shutil.rmtree(previous)
@@ -1533,34 +1515,30 @@ def resuming_line(settings):
 
 def fingerprint(dataset):
     """Return a line that tells a data set from any other, whatever it is called."""
-    digest = hashlib.sha256()
-    for array in dataset[:2]:
-        digest.update(b"" if array is None else np.ascontiguousarray(array).data)
     size = "x".join(map(str, dataset.images.shape[1:]))
-    return f"{len(dataset.images):,} images of {size}, SHA-256 {digest.hexdigest()[:16]}"
+    digest = _digest(*(array for array in dataset[:2] if array is not None))
+    return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:12]}"
 
 
 def save_state(state, folder, facts):
-    """Write the training state and `facts` (for JSON) to folder/step_..., keep the newest three.
-
-    tf.train.CheckpointManager writes file by file, syncs nothing and cannot tell a damaged file:
-    here a whole folder gets its name at once, with sums that `sha256sum -c SHA256SUMS` checks.
-    """
+    """Write the training state and `facts` (for JSON) to folder/step_..., keep the newest three."""
+    # A folder gets its name at once; tf.train.CheckpointManager can't, nor tell a damaged file.
     path = folder / f"step_{int(state.step.numpy()):09d}"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         state.write(str(temporary / "state"))
         (temporary / "run.json").write_text(json.dumps(facts, indent=1), "utf-8")
         (temporary / "SHA256SUMS").write_text(_checksums(temporary), "utf-8")
-    states = set(folder.glob("step_*"))
-    for old in states - set(sorted(x for x in states if x <= path)[-STATES_KEPT:]):
-        shutil.rmtree(old)  # also what is newer: it was damaged, or we would have started from it
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one, or this one already
+    states = sorted(folder.glob("step_*"))
+    kept = [x for x in states if x <= path][-3:]  # what is newer was damaged
+    for old in set(states).difference(kept):
+        shutil.rmtree(old)
 
 
-def _checksums(folder):
+def _checksums(folder):  # as sha256sum writes and checks them
     files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
-    sums = [f"{hashlib.sha256(x.read_bytes()).hexdigest()}  {x.name}\n" for x in files]
-    return "".join(sums)
+    return "".join(f"{hashlib.sha256(x.read_bytes()).hexdigest()}  {x.name}\n" for x in files)
 
 
 def newest_state(folder):
@@ -1610,16 +1588,12 @@ COLUMNS = (
 )
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after all was saved."""
-
-
 class Run(NamedTuple):
     """What the epochs of a run share."""
 
     settings: Settings
     dataset: Dataset
-    data: str  # its fingerprint
+    facts: dict  # the settings and the data, as the state keeps them
     state: "tf.train.Checkpoint"
     history: list  # a dict an epoch
     ruler: Ruler
@@ -1634,15 +1608,9 @@ class Run(NamedTuple):
 
     def progress(self):
         """Return the share of the run that is done, 0 to 1: of its epochs or of its minutes."""
-        share = self.step() / (self.settings.epochs * self.steps_per_epoch)
-        if self.settings.max_minutes:
-            minutes = (time.monotonic() - self.started) / 60
-            share = max(share, minutes / self.settings.max_minutes)
-        return min(1.0, share)
-
-    def samples(self, count):
-        """Return images (count, H, W, C), their classes in turn, from the same points always."""
-        return draw_random(self.state.average, count, seed=self.settings.seed)[0]
+        minutes = (time.monotonic() - self.started) / 60
+        by_clock = minutes / (self.settings.max_minutes or math.inf)
+        return min(1.0, max(by_clock, self.step() / self.settings.epochs / self.steps_per_epoch))
 
 
 def train(dataset=None, epochs=None, settings=Settings(), resume=False):
@@ -1650,10 +1618,9 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
 
     `dataset` is a Dataset, uint8 images (N, H, H) or (N, H, H, 1 or 3), or None for
     `settings.dataset`. Raises UsageError for settings or images that don't fit, RunError where
-    the run cannot go on, and Interrupted after Ctrl-C, when all is saved.
+    the run cannot go on, and KeyboardInterrupt after Ctrl-C, when all is saved.
     """
-    if epochs is not None:
-        settings = dataclasses.replace(settings, epochs=epochs)
+    settings = dataclasses.replace(settings, epochs=settings.epochs if epochs is None else epochs)
     if dataset is None:
         dataset = load_dataset(settings)
     else:
@@ -1673,7 +1640,7 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
             held.enter_context(alone_in(folder))
         run = _prepare(settings, dataset, resume)
         held.callback(run.summary.close)
-        held.enter_context(_stopping_on_signals(run.stop))
+        _stop_on_signals(run.stop, held)
         _run_epochs(run)
         _finish(run)
     return run.state.average
@@ -1686,34 +1653,13 @@ def _refuse_unwritable(*folders):
             raise UsageError(f"cannot write into {folder}")
 
 
-@contextlib.contextmanager
-def _stopping_on_signals(stop):
-    """Let Ctrl-C and SIGTERM set the event; the second one ends the program at once."""
-    before = {}
-
-    def ask_to_stop(*_):
-        stop.set()
-        for name in before:
-            signal.signal(name, signal.default_int_handler)
-
-    if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGINT, signal.SIGTERM):
-            before[name] = signal.signal(name, ask_to_stop)
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-def _prepare(settings, dataset, resume):
-    """Do all that may fail before the first file changes, then make room."""
+def _prepare(settings, dataset, resume):  # all that may fail before the first file changes
     with tf.distribute.get_strategy().scope():
         state = new_state(settings, dataset)
     samples, checkpoints = Path(settings.samples_dir), Path(settings.checkpoints_dir)
     facts = {"settings": dataclasses.asdict(settings), "data": fingerprint(dataset)}
     history = restore_state(state, checkpoints / "state", facts) if resume else []
-    _print_banner(settings, dataset, state)
+    _print_banner(settings, dataset.name, facts["data"], state)
     ruler, train_steps = load_ruler(settings, dataset), compile_training(state, dataset, settings)
     for folder in (samples, checkpoints, checkpoints / "state"):
         for left in folder.glob(".*.partial*"):  # by a run that was killed
@@ -1721,7 +1667,7 @@ def _prepare(settings, dataset, resume):
     if not resume:
         start_afresh(settings)
     return Run(
-        *(settings, dataset, facts["data"], state, history, ruler, train_steps),
+        *(settings, dataset, facts, state, history, ruler, train_steps),
         summary=tf.summary.create_file_writer(str(samples / "tensorboard")),
         stop=threading.Event(),
         started=time.monotonic() - float(state.seconds.numpy()[1]),
@@ -1729,95 +1675,98 @@ def _prepare(settings, dataset, resume):
     )
 
 
-def _print_banner(settings, dataset, state):
+def _print_banner(settings, name, data, state):
     gpus = len(tf.config.list_physical_devices("GPU"))
     device = f"{gpus} GPU" if gpus else f"CPU, {os.cpu_count()} cores"
-    size = "x".join(map(str, dataset.images.shape[1:]))
     kind = "class-conditional" if settings.conditional else "unconditional"
     generator, discriminator = state.generator.count_params(), state.discriminator.count_params()
-    print(f"data           {dataset.name}, {len(dataset.images):,} images of {size}")
+    print(f"data           {name}, {data}")
     print(f"generator      {settings.architecture}, {kind}, {generator:,} parameters")
     print(f"discriminator  {settings.loss} loss, {discriminator:,} parameters")
     print(f"device         {device}, {choose_precision(settings)}, TensorFlow {tf.__version__}\n")
 
 
+def _stop_on_signals(stop, held):
+    kinds = (signal.SIGINT, signal.SIGTERM)
+
+    def ask_to_stop(*_):
+        stop.set()
+        for kind in kinds:  # the second one ends the program at once
+            signal.signal(kind, signal.default_int_handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for kind in kinds:
+            held.callback(signal.signal, kind, signal.signal(kind, ask_to_stop))
+
+
 def _run_epochs(run):
     print("epoch  seconds  images/s   D loss   G loss      IS      FID  classes", flush=True)
-    is_reported = run.history and run.history[-1]["step"] == run.step()
-    if is_reported:  # the files were not all there when it stopped, or the same again
-        _insist(run, _write_epoch)
+    is_over = False
+    if run.history and run.history[-1]["step"] == run.step():
+        _insist(run, _write_epoch)  # not all was there when it stopped, or the same again
+        is_over = run.progress() == 1
     else:
         _insist(run, _save_state)  # so that whatever happens now can be resumed
-    is_over = is_reported and run.progress() == 1
     while not is_over and not run.stop.is_set():
         _train_epoch(run)
         is_over = run.progress() == 1
         if is_over or run.step() % run.steps_per_epoch == 0:  # also after Ctrl-C: no row gets lost
             _finish_epoch(run, is_over)
+        else:
+            _insist(run, _save_state)
 
 
 def _train_epoch(run):
-    """Take the epoch's steps that are left, until its end, the run's end or Ctrl-C."""
-    settings, state = run.settings, run.state
-    epoch, first = divmod(run.step(), run.steps_per_epoch)
+    settings, state, steps = run.settings, run.state, run.steps_per_epoch
+    epoch, done = divmod(run.step(), steps)
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "loss D", "G"]
-    verbose = sys.stdout.isatty()
-    bar = keras.utils.Progbar(run.steps_per_epoch, 5, verbose, stateful_metrics=columns)
-    while True:
-        last = min(first + STEPS_PER_CALL, run.steps_per_epoch)
+    bar = keras.utils.Progbar(steps, 5, sys.stdout.isatty(), stateful_metrics=columns)
+    for first in range(done, steps, STEPS_PER_CALL):
+        last, start = min(first + STEPS_PER_CALL, steps), time.monotonic()
         pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
-        start = time.monotonic()
         run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
         losses = state.losses.numpy() / last
-        _refuse_bad_numbers(run, [losses])
         seconds = time.monotonic() - start
         state.seconds.assign([state.seconds.numpy()[0] + seconds, time.monotonic() - run.started])
         speed = (last - first) * settings.batch_size / seconds
         bar.update(last, list(zip(columns, [speed, *losses], strict=True)), finalize=False)
-        if last == run.steps_per_epoch or run.progress() == 1 or run.stop.is_set():
-            return
-        first = last
+        if run.progress() == 1 or run.stop.is_set():
+            break
+    _refuse_bad_numbers(run)
 
 
-def _refuse_bad_numbers(run, arrays):
-    if not all(np.isfinite(array).all() for array in arrays):
+def _refuse_bad_numbers(run):
+    state = run.state
+    parts = (state.generator, state.discriminator, state.average)
+    parts += (state.generator_optimizer, state.discriminator_optimizer)
+    variables = [state.losses, *(x for part in parts for x in part.variables)]
+    if not all(np.isfinite(variable.numpy()).all() for variable in variables):
         advice = "try lower learning rates; the last good state and .h5 files are kept"
         raise RunError(f"losses or weights are not finite after step {run.step()}: {advice}")
 
 
 def _finish_epoch(run, is_over):
-    """Measure, save, report and picture the epoch that was just trained."""
-    settings, row = run.settings, _training_row(run)
-    epoch = row["epoch"]
+    settings, state = run.settings, run.state
+    epoch, steps = (x + 1 for x in divmod(run.step() - 1, run.steps_per_epoch))
+    seconds, losses = float(state.seconds.numpy()[0]), (state.losses.numpy() / steps).tolist()
+    speed = round(steps * settings.batch_size / seconds)
+    row = dict.fromkeys(COLUMNS) | {"collapsed": False}
+    row |= zip(COLUMNS, [epoch, run.step(), round(seconds, 3), speed, *losses], strict=False)
+    row |= {"dataset": run.dataset.name, "inception": run.ruler.name}
     if epoch % settings.evaluate_every == 0 or is_over:
-        row |= quick_metrics(run.ruler, run.samples(settings.evaluation_images))
-    row["collapsed"] = _has_collapsed(row, _best(run.history))
-    row["drawn"] = epoch % settings.sample_every == 0 or is_over
+        images = generate(state.average, settings.evaluation_images, seed=settings.seed)
+        row |= quick_metrics(run.ruler, images)
+        best, shares = _best(run.history), row["class_shares"] or ()
+        too_few = 2 * (row["classes_covered"] or 0) < len(shares)
+        row["collapsed"] = too_few or bool(best and row["fid"] > 10 * best["fid"])
     run.history[:] = [old for old in run.history if old["epoch"] < epoch] + [row]
-    run.state.losses.assign([0.0, 0.0])
-    run.state.seconds.assign([0.0, time.monotonic() - run.started])
+    state.losses.assign([0.0, 0.0])
+    state.seconds.assign([0.0, time.monotonic() - run.started])
     _insist(run, _save_state)  # first: all else can be made again from it
     _print_row(row)
     _insist(run, _write_epoch)
-
-
-def _training_row(run):
-    step, seconds = run.step(), float(run.state.seconds.numpy()[0])
-    epoch, steps = divmod(step - 1, run.steps_per_epoch)
-    row = dict.fromkeys(COLUMNS)
-    row |= {"epoch": epoch + 1, "step": step, "seconds": round(seconds, 3)}
-    row["images_per_second"] = round((steps + 1) * run.settings.batch_size / seconds)
-    losses = map(float, run.state.losses.numpy() / (steps + 1))
-    row["discriminator_loss"], row["generator_loss"] = losses
-    return row | {"dataset": run.dataset.name, "inception": run.ruler.name}
-
-
-def _has_collapsed(row, best):
-    covered, fid = row["classes_covered"], row["fid"]
-    few = covered is not None and 2 * covered < len(row["class_shares"])
-    return few or bool(best and fid is not None and fid > 10 * best["fid"])
 
 
 def _best(history):
@@ -1836,7 +1785,7 @@ def _print_row(row):
 
 
 def _insist(run, write):
-    """Call write(run) until there is room, for as long as an epoch takes; then give up."""
+    # A full disk may get room: worth waiting for as long as the epoch took that would be lost.
     deadline = time.monotonic() + max([PATIENCE, *(row["seconds"] for row in run.history)])
     for attempt in itertools.count():
         try:
@@ -1850,16 +1799,11 @@ def _insist(run, write):
 
 
 def _save_state(run):
-    state = run.state
-    parts = (state.generator, state.discriminator, state.average)
-    parts += (state.generator_optimizer, state.discriminator_optimizer)
-    _refuse_bad_numbers(run, [x.numpy() for part in parts for x in part.variables])
-    facts = {"settings": dataclasses.asdict(run.settings), "data": run.data, "history": run.history}
-    save_state(state, Path(run.settings.checkpoints_dir, "state"), facts)
+    facts = run.facts | {"history": run.history}
+    save_state(run.state, Path(run.settings.checkpoints_dir, "state"), facts)
 
 
-def _write_epoch(run):
-    """Write what the newest row's epoch leaves; doing it again changes nothing."""
+def _write_epoch(run):  # what the newest row's leaves; doing it again changes nothing
     settings, average, row = run.settings, run.state.average, run.history[-1]
     checkpoints, metrics = Path(settings.checkpoints_dir), Path(settings.samples_dir, "metrics.csv")
     metrics.parent.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
@@ -1867,7 +1811,7 @@ def _write_epoch(run):
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(run.history)
-    if row["drawn"]:
+    if row["epoch"] % settings.sample_every == 0 or run.progress() == 1:
         save_grid(_grid_path(run, row), draw_grid(average, settings.seed), 10, _title(run, row))
     save_keras(average, checkpoints / "generator_latest.h5")
     if row is _best(run.history):
@@ -1877,11 +1821,10 @@ def _write_epoch(run):
     _write_summaries(run, row)
 
 
-def _write_summaries(run, row):
-    """Write for TensorBoard as tf.summary.scalar and image do, which need its package installed."""
+def _write_summaries(run, row):  # tf.summary.scalar and image need TensorBoard installed
     values = {name: ("scalars", row[name]) for name in COLUMNS[3:10] if row[name] is not None}
-    if row["drawn"]:
-        png = _grid_path(run, row).read_bytes()
+    if (path := _grid_path(run, row)).exists():
+        png = path.read_bytes()
         size = Image.open(io.BytesIO(png)).size
         values["samples"] = ("images", [*map(str, size), png])
     with run.summary.as_default(step=row["epoch"]):
@@ -1903,15 +1846,13 @@ def _title(run, row):
 
 
 def _finish(run):
-    """Draw what a whole run leaves and say where it is."""
-    if run.stop.is_set():
-        _insist(run, _save_state)
     _insist(run, _draw_curves)
     if collapsed := [str(row["epoch"]) for row in run.history if row["collapsed"]]:
         print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
         print("Larger R1 and R2 or lower learning rates help against collapse.")
     if run.stop.is_set():
-        raise Interrupted
+        again = resuming_line(dataclasses.asdict(run.settings))
+        raise KeyboardInterrupt(f"\nStopped; all is saved. To go on:\n  {again}")
     if best := _best(run.history):
         kept = Path(run.settings.checkpoints_dir, "generator_best.h5")
         print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
@@ -1931,10 +1872,6 @@ def _draw_curves(run):
 # ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
-
-
-def _train_command(settings, options):
-    train(settings=settings, resume="resume" in options)
 
 
 def _save_npz(path, images, labels):
@@ -2039,7 +1976,7 @@ def _inception_command(settings, options):
 
 
 COMMANDS = {
-    "train": _train_command,
+    "train": lambda settings, options: train(settings=settings, resume="resume" in options),
     "generate": _generate_command,
     "evaluate": _evaluate_command,
     "inception": _inception_command,
@@ -2062,27 +1999,23 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_command_line(arguments):
     """Return the command, Settings and options by name. Raises UsageError."""
-    parser = _Parser(
-        prog="gan_mnist.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    command = "train"
-    if arguments and not arguments[0].startswith("-"):
-        command, *arguments = arguments
+    if not arguments or arguments[0].startswith("-"):
+        arguments = ["train", *arguments]
+    command, *words = arguments
     if command not in COMMANDS:
         raise UsageError(f"{command!r} is no command; there are {', '.join(COMMANDS)}")
+    parser = _Parser("gan_mnist.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.argument_default = argparse.SUPPRESS
     group = parser.add_argument_group("options of some commands")
     for name, (commands, details) in OPTIONS.items():
         group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
     group = parser.add_argument_group("settings")
-    for name, (default, words, allowed) in SETTINGS.items():
-        words = f"{words} {allowed} [{setting_as_text(default)}]".replace("%", "%%")
-        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=words)
+    for name, (default, does, allowed) in SETTINGS.items():
+        does = f"{does} {allowed} [{setting_as_text(default)}]".replace("%", "%%")
+        group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=does)
     # argparse takes -1e-3 for a flag, unless it is tied to the flag before.
-    tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(arguments))
+    tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(words))
     given = vars(parser.parse_args(tied.split("\0") if tied else []))
     options = {name: given.pop(name) for name in OPTIONS if name in given}
     for name in options:
@@ -2093,24 +2026,12 @@ def parse_command_line(arguments):
     return command, Settings(**given), options
 
 
-@contextlib.contextmanager
-def _silent_stderr():
-    """Hide what C++ writes to stderr before any log level counts."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)
-
-
 def _start_tensorflow():
-    """Import TensorFlow in silence and set it up for many small deterministic steps."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
-    with _silent_stderr():
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # hides what C++ writes there before any log level counts
+    try:
         for gpu in tf.config.list_physical_devices("GPU"):
             tf.config.experimental.set_memory_growth(gpu, True)
         tf.config.experimental.enable_op_determinism()
@@ -2120,6 +2041,10 @@ def _start_tensorflow():
             tf.config.threading.set_inter_op_parallelism_threads(2)
             tf.config.threading.set_intra_op_parallelism_threads(max(1, os.cpu_count() // 2))
         tf.zeros(1)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def main(arguments=None):
@@ -2132,10 +2057,8 @@ def main(arguments=None):
     except UsageError as error:
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 2
-    except Interrupted:
-        print("\nStopped; all is saved. To go on:\n ", resuming_line(dataclasses.asdict(settings)))
-        return 130
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(stop)
         return 130
     except SystemExit:  # after --help, which shall not import TensorFlow for the next line
         raise

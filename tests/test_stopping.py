@@ -116,7 +116,7 @@ def test_ctrl_c_in_the_last_call_of_an_epoch_loses_no_row(tmp_path, monkeypatch,
         return call
 
     monkeypatch.setattr(gan_mnist, "compile_training", stopping)
-    with pytest.raises(gan_mnist.Interrupted):
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
         train("stopped")
     train("stopped", resume=True)
     assert len(losses("whole")) == 2
