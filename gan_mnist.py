@@ -194,6 +194,14 @@ class Dataset(NamedTuple):
     test_images: np.ndarray | None = None
 
 
+def fingerprint(dataset):
+    """Return a line that tells a data set from any other, whatever it is called."""
+    parts = (b"" if array is None else np.ascontiguousarray(array).data for array in dataset[:2])
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    size = "x".join(map(str, dataset.images.shape[1:]))
+    return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:16]}"
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Give a temporary path beside `path`, for a file or a folder; sync and rename it after."""
@@ -1408,16 +1416,21 @@ def save_keras(model, path):
 
 def load_keras(path):
     """Return the Keras model in an .h5. Raises UsageError if there is none or it isn't harmless."""
-    try:
-        _refuse_strange_parts(path)
-        load = functools.partial(keras.models.load_model, path, compile=False, safe_mode=True)
-        with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
-            largest = max(math.prod(layer.output.shape[1:]) for layer in load().layers)
-        if largest > 2**24:
-            raise ValueError("a layer gives too many numbers for one image")
-        return load()
+    try:  # in a thread of its own: in that of an error Keras leaves its name scopes open
+        with multiprocessing.pool.ThreadPool(1) as pool:
+            return pool.apply(_load_harmless, [path])
     except Exception as error:  # noqa: BLE001 (HDF5 and Keras raise a dozen kinds)
         raise UsageError(f"cannot load {path}: {_reason(error)}") from None
+
+
+def _load_harmless(path):
+    _refuse_strange_parts(path)
+    load = functools.partial(keras.models.load_model, path, compile=False, safe_mode=True)
+    with tf.Graph().as_default():  # symbols: a layer that claims to be huge takes no memory
+        largest = max(math.prod(layer.output.shape[1:]) for layer in load().layers)
+    if largest > 2**24:
+        raise ValueError("a layer gives too many numbers for one image")
+    return load()
 
 
 def _refuse_strange_parts(path):
@@ -1511,13 +1524,6 @@ def resuming_line(settings):
         if text != setting_as_text(default):
             words += ["--" + name.replace("_", "-"), text]
     return shlex.join(words)
-
-
-def fingerprint(dataset):
-    """Return a line that tells a data set from any other, whatever it is called."""
-    size = "x".join(map(str, dataset.images.shape[1:]))
-    digest = _digest(*(array for array in dataset[:2] if array is not None))
-    return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:12]}"
 
 
 def save_state(state, folder, facts):
