@@ -1848,7 +1848,8 @@ def _title(run, row):
     title = f"epoch {row['epoch']}"
     if row["fid"] is not None:
         title += f"    IS {row['inception_score']:.2f}    FID {row['fid']:.2f}"
-    return title if run.dataset.name == "mnist" else f"{title}    {run.dataset.name}, not MNIST"
+    known = {"mnist": "", "stand-in": "    stand-in, not MNIST"}
+    return title + known.get(run.dataset.name, f"    {run.dataset.name}")
 
 
 def _finish(run):
