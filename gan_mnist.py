@@ -901,9 +901,10 @@ def load_ruler(settings, dataset):
         kind = "mnist"
         print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
     ruler = RULERS[kind](dataset)
-    digest = hashlib.sha256(dataset.images.tobytes()).hexdigest()
-    if kind == "mnist" and digest == MNIST_DIGESTS["x_train"]:
-        return ruler._replace(**read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz"))
+    if kind == "mnist":
+        digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data).hexdigest()
+        if digest == MNIST_DIGESTS["x_train"]:
+            return ruler._replace(**read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz"))
     mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
     return ruler._replace(mean=mean, covariance=covariance)
 
@@ -991,7 +992,6 @@ def _cached(name, make):
             print(f"{path} is damaged and made anew.")
     arrays = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             np.savez(temporary, *arrays)
     except OSError as error:
@@ -1530,7 +1530,6 @@ def save_state(state, folder, facts):
     """Write the training state and `facts` (for JSON) to folder/step_..., keep the newest three."""
     # A folder gets its name at once; tf.train.CheckpointManager can't, nor tell a damaged file.
     path = folder / f"step_{int(state.step.numpy()):09d}"
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         state.write(str(temporary / "state"))
         (temporary / "run.json").write_text(json.dumps(facts, indent=1), "utf-8")
@@ -1812,7 +1811,6 @@ def _save_state(run):
 def _write_epoch(run):  # what the newest row's leaves; doing it again changes nothing
     settings, average, row = run.settings, run.state.average, run.history[-1]
     checkpoints, metrics = Path(settings.checkpoints_dir), Path(settings.samples_dir, "metrics.csv")
-    metrics.parent.mkdir(parents=True, exist_ok=True)  # somebody may have cleaned up
     with replacing(metrics) as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()

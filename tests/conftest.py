@@ -82,14 +82,25 @@ def command(*arguments):
 
 def run(*arguments, cwd, **changes):
     """Run the program in a process of its own; changes are environment variables."""
+    return result_of(command(*arguments), cwd, changes)
+
+
+def run_code(code, *arguments, cwd, timeout=240):
+    """Run Python code that can import gan_mnist in a process of its own."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return result_of(words, cwd, {"PYTHONPATH": ROOT}, timeout)
+
+
+def result_of(words, cwd, changes, timeout=240):
+    """Run a command line; return the Result."""
     done = subprocess.run(
-        command(*arguments),
+        words,
         cwd=cwd,
         env=environment(**changes),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)

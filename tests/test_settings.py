@@ -3,12 +3,11 @@
 import ast
 import dataclasses
 import re
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, environment, files_in, run, run_batch
+from conftest import ROOT, files_in, run, run_batch, run_code
 
 import gan_mnist
 
@@ -202,13 +201,5 @@ def test_a_rejected_setting_prints_one_line_and_nothing_else(tmp_path):
 
 def test_importing_prints_nothing_and_does_not_import_tensorflow(tmp_path):
     code = "import sys, gan_mnist; sys.exit(bool({'tensorflow', 'keras'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=ROOT),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert run_code(code, cwd=tmp_path) == (0, "", "")
     assert files_in(tmp_path) == []

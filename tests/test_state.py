@@ -13,7 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, contents, environment, files_in, run, synthetic_digits, untimed
+from conftest import (
+    ROOT,
+    command,
+    contents,
+    environment,
+    files_in,
+    run,
+    run_code,
+    synthetic_digits,
+    untimed,
+)
 
 import gan_mnist
 
@@ -416,27 +426,13 @@ def test_a_really_full_disk_ends_a_run_in_one_line(tiny_flags, tmp_path):
     if mounted.returncode:
         pytest.skip("only root can mount a small disk")
     try:
-        filled = subprocess.run(
-            [sys.executable, "-c", FILLER],
-            cwd=disk,
-            env=environment(PYTHONPATH=ROOT),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert filled.stdout.splitlines() == 8 * ["No space left on device"], filled
+        filled = run_code(FILLER, cwd=disk)
+        assert filled.out.splitlines() == 8 * ["No space left on device"], filled
         assert files_in(disk) == []
         code = "import sys, gan_mnist; gan_mnist.PATIENCE = 1; sys.exit(gan_mnist.main())"
-        done = subprocess.run(
-            [sys.executable, "-c", code, *map(str, tiny_flags), "--epochs", "50"],
-            cwd=disk,
-            env=environment(PYTHONPATH=ROOT),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 1, done
-        (line,) = done.stderr.splitlines()
+        done = run_code(code, *tiny_flags, "--epochs", "50", cwd=disk)
+        assert done.status == 1, done
+        (line,) = done.err.splitlines()
         assert "No space left on device" in line
         assert gan_mnist.newest_state(disk / "checkpoints" / "state")
         for path in (disk / "checkpoints").glob("*.h5"):
@@ -540,15 +536,9 @@ settings = gan_mnist.Settings(epochs=210, evaluation_images=500, **small)
 gan_mnist.train(images, settings=settings)
 print(json.dumps(seen))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=ROOT),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seen = json.loads(done.stdout.splitlines()[-1])
+    done = run_code(code, cwd=tmp_path, timeout=1800)
+    assert done.status == 0, done.err
+    seen = json.loads(done.out.splitlines()[-1])
     tenth, last = seen[9], seen[-1]
     print(f"MB, open files, threads after epoch 10: {tenth}, after epoch {len(seen)}: {last}")
     assert last[0] < 1.05 * tenth[0]
