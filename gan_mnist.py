@@ -498,13 +498,13 @@ def refuse_untrainable(dataset, settings):
 
 def _dense_generator(hidden, settings, image_shape, dtype):
     for width in settings.generator_widths:
-        hidden = keras.layers.Dense(width, use_bias=False, dtype=dtype)(hidden)
-        hidden = _normalised(hidden, dtype)
-    hidden = keras.layers.Dense(math.prod(image_shape), dtype=dtype)(hidden)
+        hidden = _dense(width, dtype, use_bias=False)(hidden)
+        hidden = _normalised(hidden)
+    hidden = _dense(math.prod(image_shape), dtype)(hidden)
     return keras.layers.Reshape(image_shape)(hidden)
 
 
-def _normalised(hidden, dtype):
+def _normalised(hidden, dtype="float32"):
     # A short memory: the statistics must be right after a hundred steps already.
     hidden = keras.layers.BatchNormalization(momentum=0.9, dtype=dtype)(hidden)
     return keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
@@ -513,15 +513,31 @@ def _normalised(hidden, dtype):
 def _dense_discriminator(hidden, settings, dtype):
     hidden = keras.layers.Flatten()(hidden)
     for width in settings.discriminator_widths:
-        hidden = keras.layers.Dense(width, dtype=dtype)(hidden)
-        hidden = keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
+        hidden = _dense(width, dtype)(hidden)
+        hidden = keras.layers.LeakyReLU(0.2)(hidden)
     return hidden
+
+
+def _dense(width, dtype, **options):
+    class BatchedDense(keras.layers.Dense):
+        """Dense as a batch of one product: oneDNN itself rounds such floats to bfloat16.
+
+        Nothing is cast in memory: 5.6 ms a step of the popular nets, 7.0 in Keras' own mixed
+        precision (in turn).
+        """
+
+        def call(self, inputs, training=None):
+            product = tf.matmul(tf.expand_dims(inputs, 0), tf.expand_dims(self.kernel, 0))
+            product = tf.squeeze(product, 0)
+            return product if self.bias is None else tf.nn.bias_add(product, self.bias)
+
+    kind = keras.layers.Dense if dtype == "float32" else BatchedDense
+    return kind(width, **options)
 
 
 def _conv_generator(hidden, settings, image_shape, dtype):
     edge, *coarser, coarsest = _ladder(image_shape, settings)
-    hidden = _dense_generator(hidden, settings, (edge, edge, coarsest), dtype)
-    hidden = _normalised(hidden, dtype)
+    hidden = _normalised(_dense_generator(hidden, settings, (edge, edge, coarsest), dtype))
     twice = {"kernel_size": 4, "strides": 2, "padding": "same", "dtype": dtype}
     for channels in reversed(coarser):
         hidden = keras.layers.Conv2DTranspose(channels, use_bias=False, **twice)(hidden)
@@ -574,7 +590,6 @@ def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, dtype="fl
     """
     inputs = image = keras.Input(image_shape, name="image")
     features = ARCHITECTURES[settings.architecture][1](image, settings, dtype)
-    features = keras.layers.Activation("linear", dtype="float32")(features)
     logits = keras.layers.Dense(1)(features)
     if settings.conditional:
         label, one_hot = _class_input(classes)
@@ -634,7 +649,7 @@ LOSSES = {
 # Training
 # ---------------------------------------------------------------------------------------------
 
-AVERAGE_EVERY = 8  # steps; each step's average would cost an eighth of the popular nets' time
+AVERAGE_EVERY = 8  # steps; averaging each would cost an eighth of the popular nets' time
 
 
 def new_state(settings, dataset):
@@ -728,9 +743,7 @@ def train_step(state, settings, real, condition):
         fake = shift(fake, settings.shift, state.random)
     unlinked = tf.stop_gradient(fake)
     with tf.GradientTape() as discriminator_tape:
-        # Read once: the passes share the weights' cast to bfloat16, a tenth of the step's time.
-        weights = [tf.convert_to_tensor(weight) for weight in discriminator.trainable_variables]
-        look = functools.partial(logits_and_slope, discriminator, weights, condition)
+        look = functools.partial(logits_and_slope, discriminator, condition)
         real = shift(real, settings.shift, state.random)
         (real_logits, real_slope), (fake_logits, fake_slope) = look(real), look(unlinked)
         discriminator_loss = tf.reduce_mean(loss_of_discriminator(real_logits, fake_logits))
@@ -744,20 +757,21 @@ def train_step(state, settings, real, condition):
         logit_tape.watch(fake_logits)
         generator_loss = tf.reduce_mean(loss_of_generator(real_logits, fake_logits))
     factor = logit_tape.gradient(generator_loss, fake_logits)[..., tf.newaxis, tf.newaxis]
-    gradients = discriminator_tape.gradient(penalised, weights)
-    state.discriminator_optimizer.apply(gradients, discriminator.trainable_variables)
+    variables = discriminator.trainable_variables
+    gradients = discriminator_tape.gradient(penalised, variables)
+    state.discriminator_optimizer.apply(gradients, variables)
     variables = generator.trainable_variables
     gradients = generator_tape.gradient(fake, variables, output_gradients=factor * fake_slope)
     state.generator_optimizer.apply(gradients, variables)
     return tf.stack([discriminator_loss, generator_loss])
 
 
-def logits_and_slope(discriminator, weights, condition, images):
+def logits_and_slope(discriminator, condition, images):
     """Return logits (N, 1) and their gradients with respect to the images (N, H, W, C)."""
     inputs = [images, *condition] if condition else images
     with tf.GradientTape() as tape:
         tape.watch(images)
-        logits, _ = discriminator.stateless_call(weights, [], inputs, training=True)
+        logits = discriminator(inputs, training=True)
     return logits, tape.gradient(logits, images)
 
 
@@ -935,13 +949,17 @@ def _trained_ruler(dataset):
 def _outputs_of(network):
     height, width, channels = network.input_shape[1:]
 
-    @tf.function
+    # Compiled by XLA, which multiplies in float32 whatever oneDNN does for the training.
+    @tf.function(jit_compile=not tf.config.list_physical_devices("GPU"))
+    def look(images):
+        return network(images / 127.5 - 1, training=False)
+
     def outputs(images):
         images = tf.cast(images, tf.float32)
         if images.shape[1:] != (height, width, channels):  # the shipped network, others' images
             grey = tf.reduce_mean(images, axis=-1, keepdims=True)
             images = tf.image.resize(grey, (height, width), antialias=True)
-        return network(images / 127.5 - 1, training=False)
+        return look(images)
 
     return outputs
 
@@ -1585,7 +1603,7 @@ def restore_state(state, folder, facts):
 # The run
 # ---------------------------------------------------------------------------------------------
 
-STEPS_PER_CALL = 26  # in one compiled call; between calls come the progress bar and Ctrl-C
+IMAGES_PER_CALL = 6656  # of the compiled training; then come the progress bar and Ctrl-C
 PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
@@ -1626,6 +1644,9 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     the run cannot go on, and KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     settings = dataclasses.replace(settings, epochs=settings.epochs if epochs is None else epochs)
+    if choose_precision(settings) != "float32" and settings.inception != "imagenet":
+        # For BatchedDense. TensorFlow looks here but once, and ImageNet's network must not be rounded.
+        os.environ["TF_SET_ONEDNN_FPMATH_MODE"] = "BF16"
     if dataset is None:
         dataset = load_dataset(settings)
     else:
@@ -1727,9 +1748,10 @@ def _train_epoch(run):
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "loss D", "G"]
+    stride = math.ceil(IMAGES_PER_CALL / settings.batch_size)
     bar = keras.utils.Progbar(steps, 5, sys.stdout.isatty(), stateful_metrics=columns)
-    for first in range(done, steps, STEPS_PER_CALL):
-        last, start = min(first + STEPS_PER_CALL, steps), time.monotonic()
+    for first in range(done, steps, stride):
+        last, start = min(first + stride, steps), time.monotonic()
         pace = min(1.0, (1 - run.progress()) / max(1 - settings.decay_from, 1e-9))
         run.train_steps(order, tf.constant(first), tf.constant(last), tf.constant(pace))
         losses = state.losses.numpy() / last

@@ -85,10 +85,10 @@ def run(*arguments, cwd, **changes):
     return result_of(command(*arguments), cwd, changes)
 
 
-def run_code(code, *arguments, cwd, timeout=240):
+def run_code(code, *arguments, cwd, timeout=240, **changes):
     """Run Python code that can import gan_mnist in a process of its own."""
     words = [sys.executable, "-c", code, *map(str, arguments)]
-    return result_of(words, cwd, {"PYTHONPATH": ROOT}, timeout)
+    return result_of(words, cwd, {"PYTHONPATH": ROOT, **changes}, timeout)
 
 
 def result_of(words, cwd, changes, timeout=240):

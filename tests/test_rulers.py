@@ -12,7 +12,7 @@ import inception_2015
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import WEIGHTS, files_in, run, synthetic_digits
+from conftest import WEIGHTS, files_in, run, run_code, synthetic_digits
 
 import gan_mnist
 
@@ -317,3 +317,18 @@ def test_the_network_fits_images_of_any_shape(shape):
     network = gan_mnist.build_inception(shape, 7)
     features, probabilities = network(np.zeros((2, *shape), np.float32))
     assert features.shape == (2, 160) and probabilities.shape == (2, 7)
+
+
+def test_the_rulers_numbers_are_not_rounded_where_training_is(tmp_path):
+    np.save(tmp_path / "images.npy", synthetic_digits(200)[0][..., np.newaxis])
+    code = """
+import hashlib, numpy as np, gan_mnist
+gan_mnist._start_tensorflow()
+ruler = gan_mnist._shipped_ruler(None)
+outputs = gan_mnist.measure(ruler, np.load("images.npy"))
+print(hashlib.sha256(b"".join(output.tobytes() for output in outputs)).hexdigest())
+"""
+    plain = run_code(code, cwd=tmp_path)
+    rounding = run_code(code, cwd=tmp_path, TF_SET_ONEDNN_FPMATH_MODE="BF16")
+    assert len(plain.out.strip()) == 64, plain
+    assert rounding == plain
