@@ -30,7 +30,7 @@ CONDITIONAL = True  # both networks are told the digit's class; false: the plain
 LATENT_DIM = 64  # numbers that the generator makes an image from [2..65536]
 GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first [1..65536]
 DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first [1..65536]
-CONV_CHANNELS = 16  # of the convolution nearest the image; doubled at each halving [1..4096]
+CONV_CHANNELS = 8  # of the convolution nearest the image; doubled at each halving [1..4096]
 
 # The game
 LOSS = "relativistic"  # [non_saturating|minimax|least_squares|hinge|wasserstein|relativistic]
@@ -504,10 +504,10 @@ def _dense_generator(hidden, settings, image_shape, dtype):
     return keras.layers.Reshape(image_shape)(hidden)
 
 
-def _normalised(hidden, dtype="float32"):
+def _normalised(hidden):
     # A short memory: the statistics must be right after a hundred steps already.
-    hidden = keras.layers.BatchNormalization(momentum=0.9, dtype=dtype)(hidden)
-    return keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
+    hidden = keras.layers.BatchNormalization(momentum=0.9)(hidden)
+    return keras.layers.LeakyReLU(0.2)(hidden)
 
 
 def _dense_discriminator(hidden, settings, dtype):
@@ -541,7 +541,7 @@ def _conv_generator(hidden, settings, image_shape, dtype):
     twice = {"kernel_size": 4, "strides": 2, "padding": "same", "dtype": dtype}
     for channels in reversed(coarser):
         hidden = keras.layers.Conv2DTranspose(channels, use_bias=False, **twice)(hidden)
-        hidden = _normalised(hidden, dtype)
+        hidden = _normalised(hidden)
     hidden = keras.layers.Conv2DTranspose(image_shape[2], **twice)(hidden)
     surplus = hidden.shape[1] - image_shape[0]
     return keras.layers.Cropping2D(((0, surplus), (0, surplus)))(hidden) if surplus else hidden
@@ -550,12 +550,13 @@ def _conv_generator(hidden, settings, image_shape, dtype):
 def _conv_discriminator(hidden, settings, dtype):
     for channels in _ladder(hidden.shape[1:], settings)[1:]:
         hidden = keras.layers.Conv2D(channels, 4, 2, padding="same", dtype=dtype)(hidden)
-        hidden = keras.layers.LeakyReLU(0.2, dtype=dtype)(hidden)
+        hidden = keras.layers.LeakyReLU(0.2)(hidden)
     return _dense_discriminator(hidden, settings, dtype)
 
 
 def _ladder(image_shape, settings):
-    # Halved until an edge of 4 to 7 pixels; the coarser, the more channels.
+    # Halved until an edge of 4 to 7 pixels; the coarser, the more channels. Few do: two minutes gave
+    # a judge's FID 0.250 with 16 channels next to the image, 0.165 with 8, 0.147 with 4 (one seed).
     halvings = max(1, math.ceil(math.log2(image_shape[0] / 7)))
     edge = math.ceil(image_shape[0] / 2**halvings)
     return [edge, *(settings.conv_channels * 2**halving for halving in range(halvings))]
