@@ -1605,7 +1605,8 @@ def restore_state(state, folder, facts):
 # The run
 # ---------------------------------------------------------------------------------------------
 
-IMAGES_PER_CALL = 6656  # of the compiled training; then come the progress bar and Ctrl-C
+# At most, in one call of the compiled training; between calls come the progress bar and Ctrl-C.
+IMAGES_PER_CALL, STEPS_PER_CALL = 6656, 52
 PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
@@ -1755,7 +1756,7 @@ def _train_epoch(run):
     order = tf.range(len(run.dataset.images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "loss D", "G"]
-    stride = math.ceil(IMAGES_PER_CALL / settings.batch_size)
+    stride = min(math.ceil(IMAGES_PER_CALL / settings.batch_size), STEPS_PER_CALL)
     bar = keras.utils.Progbar(steps, 5, sys.stdout.isatty(), stateful_metrics=columns)
     for first in range(done, steps, stride):
         last, start = min(first + stride, steps), time.monotonic()
