@@ -125,6 +125,28 @@ def test_the_class_changes_what_both_networks_say():
     assert len(np.unique(discriminator(with_classes(same, True)).numpy())) == 10
 
 
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("architecture", ["dense", "conv"])
+def test_the_discriminator_is_told_how_much_a_batch_differs(architecture, told):
+    settings = small(conditional=False, architecture=architecture, minibatch_std=told)
+    discriminator = gan_mnist.build_discriminator(settings)
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 28, 28, 1)).astype("float32")
+    among_others, alone = discriminator(images)[0], discriminator(images[:1].repeat(8, axis=0))[0]
+    assert np.allclose(among_others, alone, rtol=0, atol=1e-6) is not told
+
+
+def test_equal_images_have_finite_gradients():
+    """The deviation of equal numbers has no slope: a collapsed generator would end the run."""
+    settings = small(conditional=False, shift=0)
+    discriminator = gan_mnist.build_discriminator(settings)
+    images = tf.fill((8, 28, 28, 1), 0.5)
+    with tf.GradientTape() as tape:
+        logits, slope = gan_mnist.logits_and_slope(discriminator, [], images)
+        loss = tf.reduce_mean(logits) + gan_mnist.gradient_penalty(1.0, slope)
+    gradients = tape.gradient(loss, discriminator.trainable_variables)
+    assert all(np.isfinite(gradient).all() for gradient in [slope, *gradients])
+
+
 # ----- Losses
 
 
@@ -188,7 +210,7 @@ def test_a_loss_of_huge_logits_is_finite(name):
 )
 def test_a_step_follows_the_plain_gradients_of_both_losses(changes, conditional):
     """One step of plain gradient descent moves both networks by what two tapes say."""
-    settings = small(conditional=conditional, shift=0, **changes)
+    settings = small(conditional=conditional, shift=0, minibatch_std=False, **changes)
     keras.utils.set_random_seed(0)
     state = SimpleNamespace(
         generator=gan_mnist.build_generator(settings),
