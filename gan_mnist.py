@@ -664,7 +664,7 @@ LOSSES = {
 # ---------------------------------------------------------------------------------------------
 
 ROUNDING = "TF_SET_ONEDNN_FPMATH_MODE"  # the environment variable that has oneDNN round products
-AVERAGE_EVERY = 8  # steps; averaging each would cost an eighth of the popular nets' time
+AVERAGE_EVERY = 16  # steps; averaging each would cost an eighth of the popular nets' time
 
 
 def new_state(settings, dataset):
