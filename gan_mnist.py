@@ -92,7 +92,32 @@ class _ImportedOnFirstUse:  # TensorFlow takes four seconds, which --help doesn'
         self._name = name
 
     def __getattr__(self, attribute):
+        if self._name in ("keras", "tensorflow"):
+            _start_tensorflow()
         return getattr(importlib.import_module(self._name), attribute)
+
+
+@functools.cache
+def _start_tensorflow():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)  # hides what C++ writes there before any log level counts
+    try:
+        tensorflow = importlib.import_module("tensorflow")
+        config, half = tensorflow.config, max(1, os.cpu_count() // 2)
+        # The step's products are small: two side by side on half the cores each took 6.5 ms a
+        # step where one after the other on all of two cores took 9.3 (a prototype of the step).
+        with contextlib.suppress(RuntimeError):  # in a notebook that has used TensorFlow before
+            config.threading.set_inter_op_parallelism_threads(2)
+            config.threading.set_intra_op_parallelism_threads(half)
+            for gpu in config.list_physical_devices("GPU"):
+                config.experimental.set_memory_growth(gpu, True)
+        tensorflow.zeros(1)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 h5py, keras, scipy, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "scipy", "tensorflow"))
@@ -496,6 +521,8 @@ def refuse_untrainable(dataset, settings):
 # Networks
 # ---------------------------------------------------------------------------------------------
 
+ROUNDING = "TF_SET_ONEDNN_FPMATH_MODE"  # the environment variable that has oneDNN round products
+
 
 def _dense_generator(hidden, settings, image_shape, dtype):
     for width in settings.generator_widths:
@@ -532,8 +559,9 @@ def _dense(width, dtype, **options):
             product = tf.squeeze(product, 0)
             return product if self.bias is None else tf.nn.bias_add(product, self.bias)
 
-    kind = keras.layers.Dense if dtype == "float32" else BatchedDense
-    return kind(width, **options)
+    if dtype == "float32" or ROUNDING not in os.environ:
+        return keras.layers.Dense(width, dtype=dtype, **options)
+    return BatchedDense(width, **options)
 
 
 def _conv_generator(hidden, settings, image_shape, dtype):
@@ -663,7 +691,6 @@ LOSSES = {
 # Training
 # ---------------------------------------------------------------------------------------------
 
-ROUNDING = "TF_SET_ONEDNN_FPMATH_MODE"  # the environment variable that has oneDNN round products
 AVERAGE_EVERY = 16  # steps; averaging each would cost an eighth of the popular nets' time
 
 
@@ -1662,7 +1689,6 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     the run cannot go on, and KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     settings = dataclasses.replace(settings, epochs=settings.epochs if epochs is None else epochs)
-    _let_onednn_round(settings)
     if dataset is None:
         dataset = load_dataset(settings)
     else:
@@ -1686,13 +1712,6 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
         _run_epochs(run)
         _finish(run)
     return run.state.average
-
-
-def _let_onednn_round(settings):
-    # For BatchedDense. TensorFlow looks here but once; ImageNet's network must not be rounded.
-    on_cpu = not tf.config.list_physical_devices("GPU")
-    if on_cpu and settings.inception != "imagenet" and choose_precision(settings) != "float32":
-        os.environ[ROUNDING] = "BF16"
 
 
 def _refuse_unwritable(*folders):
@@ -1924,6 +1943,15 @@ def _draw_curves(run):
 # ---------------------------------------------------------------------------------------------
 
 
+def _train_command(settings, options):
+    # For BatchedDense. TensorFlow looks here but once, and rounds all that the process multiplies
+    # from then on, so train() in a notebook doesn't ask for it; ImageNet's network can't have it.
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    if on_cpu and settings.inception != "imagenet" and choose_precision(settings) != "float32":
+        os.environ[ROUNDING] = "BF16"
+    train(settings=settings, resume="resume" in options)
+
+
 def _save_npz(path, images, labels):
     arrays = {"images": images, "labels": labels}
     with replacing(path) as temporary:
@@ -2026,7 +2054,7 @@ def _inception_command(settings, options):
 
 
 COMMANDS = {
-    "train": lambda settings, options: train(settings=settings, resume="resume" in options),
+    "train": _train_command,
     "generate": _generate_command,
     "evaluate": _evaluate_command,
     "inception": _inception_command,
@@ -2076,33 +2104,12 @@ def parse_command_line(arguments):
     return command, Settings(**given), options
 
 
-def _start_tensorflow():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ["KERAS_BACKEND"] = "tensorflow"
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)  # hides what C++ writes there before any log level counts
-    try:
-        for gpu in tf.config.list_physical_devices("GPU"):
-            tf.config.experimental.set_memory_growth(gpu, True)
-        tf.config.experimental.enable_op_determinism()
-        # The step's products are small: two side by side on half the cores each took 6.5 ms a
-        # step where one after the other on all of two cores took 9.3 (a prototype of the step).
-        with contextlib.suppress(RuntimeError):  # in a notebook that has used TensorFlow before
-            tf.config.threading.set_inter_op_parallelism_threads(2)
-            tf.config.threading.set_intra_op_parallelism_threads(max(1, os.cpu_count() // 2))
-        tf.zeros(1)
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
-
-
 def main(arguments=None):
     """Run the command line; return the exit status."""
     try:
         arguments = sys.argv[1:] if arguments is None else list(arguments)
         command, settings, options = parse_command_line(arguments)
-        _start_tensorflow()
+        tf.config.experimental.enable_op_determinism()
         COMMANDS[command](settings, options)
     except UsageError as error:
         print(f"gan_mnist.py: {error}", file=sys.stderr)

@@ -12,12 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CODE = """
 import sys, time, numpy as np, gan_mnist
-if sys.argv.pop(1) == "without":
-    import tensorflow as tf
-    tf.config.experimental.enable_op_determinism = lambda: None
-_, settings, _ = gan_mnist.parse_command_line(sys.argv[1:])
-gan_mnist._start_tensorflow()
 tf = gan_mnist.tf
+if sys.argv.pop(1) == "with":
+    tf.config.experimental.enable_op_determinism()
+_, settings, _ = gan_mnist.parse_command_line(sys.argv[1:])
 images = np.random.default_rng(0).integers(0, 256, (10_000, 28, 28, 1), np.uint8)
 dataset = gan_mnist.Dataset(images, (np.arange(10_000) % 10).astype(np.uint8), "noise")
 state = gan_mnist.new_state(settings, dataset)

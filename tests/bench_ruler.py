@@ -37,7 +37,6 @@ def image_sets(arrays):
 
 def main():
     """Print the table."""
-    gan_mnist._start_tensorflow()
     arrays = gan_mnist.load_mnist()
     if arrays is None:
         sys.exit("This needs MNIST.")

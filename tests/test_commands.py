@@ -9,7 +9,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import WEIGHTS, files_in, run, run_batch, synthetic_digits
+from conftest import WEIGHTS, files_in, run, run_batch, run_code, synthetic_digits
 from PIL import Image
 
 import gan_mnist
@@ -120,6 +120,24 @@ def test_generate_takes_digits_as_text_or_numbers(tiny_generator):
     as_text = gan_mnist.generate(tiny_generator, 2, digits="407", seed=1)
     assert as_text.shape == (6, 28, 28, 1)
     assert np.array_equal(as_text, gan_mnist.generate(tiny_generator, 2, [4, 0, 7], seed=1))
+
+
+def test_a_notebook_is_quiet_trains_on_two_threads_and_is_not_made_to_round(tmp_path):
+    np.save(tmp_path / "images.npy", synthetic_digits(200)[0])
+    code = """
+import io, contextlib, os, numpy as np, gan_mnist
+gan_mnist.generate(gan_mnist.load_generator(), 1)
+settings = gan_mnist.Settings(batch_size=50, evaluation_images=100, precision="bfloat16")
+with contextlib.redirect_stdout(io.StringIO()):
+    gan_mnist.train(np.load("images.npy"), 1, settings)
+import tensorflow as tf
+threads = tf.config.threading
+print(threads.get_inter_op_parallelism_threads(), threads.get_intra_op_parallelism_threads())
+print(gan_mnist.ROUNDING in os.environ)  # it would hold for all that the notebook multiplies
+"""
+    result = run_code(code, cwd=tmp_path)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.split() == ["2", str(max(1, os.cpu_count() // 2)), "False"]
 
 
 def test_load_generator_without_a_path_finds_the_best_of_the_last_run(tiny_run, monkeypatch):

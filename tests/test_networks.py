@@ -101,6 +101,20 @@ def test_the_discriminator_gives_one_logit_without_a_sigmoid(conditional):
     assert "sigmoid" not in activations(discriminator)
 
 
+def test_both_ways_of_rounding_products_are_the_exact_network_but_for_a_percent(monkeypatch):
+    exact = gan_mnist.build_discriminator(small(conditional=False))
+    images = np.random.default_rng(0).uniform(-1, 1, (50, 28, 28, 1)).astype("float32")
+    expected, close = exact(images).numpy(), 0.02 * np.abs(exact(images)).max()
+    for environment in ({}, {gan_mnist.ROUNDING: "BF16"}):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        rounding = gan_mnist.build_discriminator(small(conditional=False), dtype="mixed_bfloat16")
+        assert ("BatchedDense" in kinds(rounding)) == bool(environment)
+        rounding.set_weights(exact.get_weights())
+        logits = rounding(images).numpy()
+        assert logits.dtype == np.float32 and np.abs(logits - expected).max() < close
+
+
 def test_the_networks_are_made_of_the_layers_and_widths_asked_for():
     widths = {"generator_widths": (20, 30, 40), "discriminator_widths": (50, 60)}
     settings = small(conditional=False, **widths)

@@ -323,7 +323,6 @@ def test_the_rulers_numbers_are_not_rounded_where_training_is(tmp_path):
     np.save(tmp_path / "images.npy", synthetic_digits(200)[0][..., np.newaxis])
     code = """
 import sys, numpy as np, gan_mnist
-gan_mnist._start_tensorflow()
 ruler = gan_mnist._shipped_ruler(None)
 np.save(sys.argv[1], gan_mnist.measure(ruler, np.load("images.npy"))[0])
 """

@@ -402,7 +402,6 @@ def test_pictures_that_cannot_be_written_cost_no_training(quick, tmp_path, monke
 
 FILLER = """
 import os, pathlib, keras, gan_mnist
-gan_mnist._start_tensorflow()
 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(50_000)])
 for free in (0, 1, 4, 8, 12, 16, 20, 30):
     disk = os.statvfs(".")
@@ -521,7 +520,6 @@ def test_a_collapse_is_said_in_its_row_and_at_the_end_and_training_goes_on(quick
 def test_over_200_epochs_memory_files_and_threads_stay_flat(tmp_path):
     code = """
 import json, os, resource, threading, numpy as np, gan_mnist
-gan_mnist._start_tensorflow()
 seen = []
 write = gan_mnist._write_epoch
 def watched(run):
