@@ -13,7 +13,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
 
 def test_the_notebook_example_runs(tmp_path, monkeypatch):
-    code = textwrap.dedent(re.search(r"## In a notebook\n\n(.+?)\n\n## ", README, re.DOTALL)[1])
+    code = textwrap.dedent(re.search(r"## In a notebook\n\n(( {4}.+\n)+)", README)[1])
     assert code.count("epochs=5") == code.count("my_images, 20") == 1
     # Fewer epochs: a minute less.
     code = code.replace("epochs=5", "epochs=1").replace("my_images, 20", "my_images, 2")
