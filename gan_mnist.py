@@ -691,8 +691,6 @@ LOSSES = {
 # Training
 # ---------------------------------------------------------------------------------------------
 
-AVERAGE_EVERY = 16  # steps; averaging each would cost an eighth of the popular nets' time
-
 
 def new_state(settings, dataset):
     """Return a tf.train.Checkpoint of all that training changes and --resume restores."""
@@ -764,8 +762,8 @@ def compile_training(state, dataset, settings):
             batch = order[position * settings.batch_size : (position + 1) * settings.batch_size]
             losses = strategy.run(step, args=(batch,))
             state.losses.assign_add(strategy.reduce("MEAN", losses, axis=None))
-            if state.step.assign_add(1) % AVERAGE_EVERY == 0:
-                update_average(state, settings.ema_decay)
+            state.step.assign_add(1)
+        update_average(state, last - first, settings.ema_decay)
 
     return train
 
@@ -846,13 +844,14 @@ def shift(images, pixels, random):
     return tf.concat(moved, axis=0)
 
 
-def update_average(state, decay):
+def update_average(state, steps, decay):
     """Move the averaged generator towards the generator, batch normalisation's statistics too.
 
-    The decay, a step's, warms up as (1 + step) / (10 + step): a short run is averaged as well.
+    Once for `steps` steps (after each, it would cost an eighth of the popular nets' time). A step's
+    decay warms up as (1 + step) / (10 + step), so that a short run is averaged as well.
     """
     step = tf.cast(state.step, tf.float32)
-    weight = 1 - tf.minimum(decay, (1 + step) / (10 + step)) ** AVERAGE_EVERY
+    weight = 1 - tf.minimum(decay, (1 + step) / (10 + step)) ** tf.cast(steps, tf.float32)
     for mean, variable in zip(state.average.weights, state.generator.weights, strict=True):
         mean.assign_add(weight * (variable - mean))
 
