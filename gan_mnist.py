@@ -9,9 +9,7 @@
 Every constant below is also a flag (EPOCHS is --epochs) and a field of Settings.
 """
 
-# ---------------------------------------------------------------------------------------------
-# Settings: tweak these. [brackets] hold what is allowed
-# ---------------------------------------------------------------------------------------------
+# --- Settings: tweak these. [brackets] hold what is allowed ------------------------------------
 
 # The run
 EPOCHS = 90  # passes over the training images [1..1000000]
@@ -190,9 +188,7 @@ Settings = dataclasses.make_dataclass(
 Settings.__doc__ = "The constants above in lower case, immutable. Raises UsageError for bad values."
 
 
-# ---------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------
+# --- Data --------------------------------------------------------------------------------------
 
 MNIST_MIRRORS = (
     "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz",
@@ -517,9 +513,7 @@ def refuse_untrainable(dataset, settings):
         raise UsageError(f"{name} has no image of {missing}: number the classes without a gap")
 
 
-# ---------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------
+# --- Networks ----------------------------------------------------------------------------------
 
 ROUNDING = "TF_SET_ONEDNN_FPMATH_MODE"  # the environment variable that has oneDNN round products
 
@@ -663,9 +657,7 @@ def choose_precision(settings):
     return "mixed_bfloat16" if fits else "float32"
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------
+# --- Losses ------------------------------------------------------------------------------------
 
 
 def _softplus(logits):
@@ -687,9 +679,7 @@ LOSSES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
+# --- Training ----------------------------------------------------------------------------------
 
 
 def new_state(settings, dataset):
@@ -856,9 +846,7 @@ def update_average(state, steps, decay):
         mean.assign_add(weight * (variable - mean))
 
 
-# ---------------------------------------------------------------------------------------------
-# The Inception model and the metrics
-# ---------------------------------------------------------------------------------------------
+# --- The Inception model and the metrics -------------------------------------------------------
 
 INCEPTION_NAME = "mnist_inception_1"  # other weights, other name: FID is another number then
 INCEPTION_IMAGES = 240_000  # that another data set's network learns from, repeats counted
@@ -1298,9 +1286,7 @@ def memorisation(ruler, features, real, test_images):
     return float(distance / usual) if usual else None
 
 
-# ---------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------
+# --- Pictures ----------------------------------------------------------------------------------
 
 
 def latent_points(generator, count, seed):
@@ -1442,9 +1428,7 @@ def save_metrics_plot(path, history, title):
         figure.savefig(temporary)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
+# --- Checkpoints -------------------------------------------------------------------------------
 
 SHIPPED_GENERATOR = HERE / "weights" / "mnist_generator.h5"
 HARMLESS = re.compile(  # what a file may be made of: none of these runs code from the file
@@ -1642,9 +1626,7 @@ def restore_state(state, folder, facts):
     raise UsageError("these settings cannot change on --resume: " + "; ".join(changed))
 
 
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
+# --- The run -----------------------------------------------------------------------------------
 
 # At most, in one call of the compiled training; between calls come the progress bar and Ctrl-C.
 IMAGES_PER_CALL, STEPS_PER_CALL = 6656, 52
@@ -1937,9 +1919,7 @@ def _draw_curves(run):
         save_animation(samples / "training.gif", map(Image.open, grids), 6)
 
 
-# ---------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------
+# --- Command line ------------------------------------------------------------------------------
 
 
 def _train_command(settings, options):
