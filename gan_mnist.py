@@ -2064,6 +2064,7 @@ def parse_command_line(arguments):
     parser = _Parser("gan_mnist.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.argument_default = argparse.SUPPRESS
+    parser._negative_number_matcher = re.compile("-[0-9.]")  # its own takes -1e-3 for a flag
     group = parser.add_argument_group("options of some commands")
     for name, (commands, details) in OPTIONS.items():
         group.add_argument(f"--{name}", **details | {"help": f"{commands}: {details['help']}"})
@@ -2071,9 +2072,7 @@ def parse_command_line(arguments):
     for name, (default, does, allowed) in SETTINGS.items():
         does = f"{does} {allowed} [{setting_as_text(default)}]".replace("%", "%%")
         group.add_argument("--" + name.replace("_", "-"), metavar="VALUE", help=does)
-    # argparse takes -1e-3 for a flag, unless it is tied to the flag before.
-    tied = re.sub("\0(-[0-9.])", r"=\1", "\0".join(words))
-    given = vars(parser.parse_args(tied.split("\0") if tied else []))
+    given = vars(parser.parse_args(words))
     options = {name: given.pop(name) for name in OPTIONS if name in given}
     for name in options:
         if command not in OPTIONS[name][0]:
