@@ -1034,11 +1034,10 @@ RULERS = {"auto": _trained_ruler, "mnist": _shipped_ruler, "imagenet": _imagenet
 def _cached(name, make):
     # The arrays of a kept .npz, in their order; what is missing or damaged is made anew.
     path = keras_home() / "gan_mnist" / f"{name}.npz"
+    with contextlib.suppress(UsageError):
+        return list(read_npz(path).values())
     if path.exists():
-        try:
-            return list(read_npz(path).values())
-        except UsageError:
-            print(f"{path} is damaged and made anew.")
+        print(f"{path} is damaged and made anew.")
     arrays = make()
     try:
         with replacing(path) as temporary:
