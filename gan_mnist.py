@@ -849,6 +849,7 @@ def update_average(state, steps, decay):
 # --- The Inception model and the metrics -------------------------------------------------------
 
 INCEPTION_NAME = "mnist_inception_1"  # other weights, other name: FID is another number then
+SHIPPED_INCEPTION = HERE / "weights" / f"{INCEPTION_NAME}.h5"
 INCEPTION_IMAGES = 240_000  # that another data set's network learns from, repeats counted
 NEIGHBOUR_IMAGES = 10_000  # at most, whose neighbours are looked at: time grows with the square
 IMAGENET = "download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz"
@@ -949,14 +950,13 @@ def load_ruler(settings, dataset):
     if kind == "mnist":
         digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data).hexdigest()
         if digest == MNIST_DIGESTS["x_train"]:
-            return ruler._replace(**read_npz(HERE / "weights" / f"{INCEPTION_NAME}.npz"))
+            return ruler._replace(**read_npz(SHIPPED_INCEPTION.with_suffix(".npz")))
     mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
     return ruler._replace(mean=mean, covariance=covariance)
 
 
 def _shipped_ruler(_):
-    network = load_keras(HERE / "weights" / f"{INCEPTION_NAME}.h5")
-    return Ruler(INCEPTION_NAME, _outputs_of(network))
+    return Ruler(INCEPTION_NAME, _outputs_of(load_keras(SHIPPED_INCEPTION)))
 
 
 def _trained_ruler(dataset):
@@ -2023,12 +2023,12 @@ def _inception_command(settings, options):
     training, test = (
         (arrays[f"x_{part}"][..., np.newaxis], arrays[f"y_{part}"]) for part in ("train", "test")
     )
-    path = HERE / "weights" / f"{INCEPTION_NAME}.h5"
-    save_keras(train_inception(training, test), path)
+    save_keras(train_inception(training, test), SHIPPED_INCEPTION)
     mean, covariance = feature_statistics(measure(_shipped_ruler(None), training[0])[0])
-    with replacing(path.with_suffix(".npz")) as temporary:
+    statistics = SHIPPED_INCEPTION.with_suffix(".npz")
+    with replacing(statistics) as temporary:
         np.savez(temporary, mean=mean, covariance=covariance)
-    print(f"Written: {path} and {path.with_suffix('.npz').name}")
+    print(f"Written: {SHIPPED_INCEPTION} and {statistics.name}")
 
 
 COMMANDS = {
