@@ -1501,11 +1501,11 @@ def load_generator(path=None, settings=Settings()):
     """
     path = path or default_generator(settings)
     model = load_keras(path)
-    ranks = [len(tensor.shape) for tensor in model.inputs]
-    shapes = str([tuple(tensor.shape) for tensor in model.outputs])
-    if ranks not in ([2], [2, 1]) or not re.fullmatch(r"\[\(None(, \d+){2}, [13]\)\]", shapes):
-        raise UsageError(f"{path} is not a generator: latent (and class) in, images out")
-    return model
+    inputs, outputs = ([x.shape for x in ends] for ends in (model.inputs, model.outputs))
+    match inputs, outputs:
+        case [[_, _]] | [[_, _], [_]], [[None, int(), int(), 1 | 3]]:
+            return model
+    raise UsageError(f"{path} is not a generator: latent (and class) in, images out")
 
 
 def default_generator(settings):
