@@ -218,7 +218,7 @@ class Dataset(NamedTuple):
 
 def fingerprint(dataset):
     """Return a line that tells a data set from any other, whatever it is called."""
-    parts = (b"" if array is None else np.ascontiguousarray(array).data for array in dataset[:2])
+    parts = (b"" if array is None else np.ascontiguousarray(array) for array in dataset[:2])
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     size = "x".join(map(str, dataset.images.shape[1:]))
     return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:16]}"
@@ -947,10 +947,9 @@ def load_ruler(settings, dataset):
         kind = "mnist"
         print(f"{dataset.name} has no classes: the network that reads MNIST measures.")
     ruler = RULERS[kind](dataset)
-    if kind == "mnist":
-        digest = hashlib.sha256(np.ascontiguousarray(dataset.images).data).hexdigest()
-        if digest == MNIST_DIGESTS["x_train"]:
-            return ruler._replace(**read_npz(SHIPPED_INCEPTION.with_suffix(".npz")))
+    digest = hashlib.sha256(np.ascontiguousarray(dataset.images)).hexdigest()
+    if kind == "mnist" and digest == MNIST_DIGESTS["x_train"]:
+        return ruler._replace(**read_npz(SHIPPED_INCEPTION.with_suffix(".npz")))
     mean, covariance = feature_statistics(reference_outputs(ruler, dataset.images)[0])
     return ruler._replace(mean=mean, covariance=covariance)
 
