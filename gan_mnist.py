@@ -1096,8 +1096,8 @@ def inception_score(probabilities, splits=10):
     From class probabilities (N, K): 1 to K, higher is better (arXiv 1606.03498).
     """
     parts = np.array_split(np.asarray(probabilities, np.float64), min(splits, len(probabilities)))
-    divergences = [scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1) for part in parts]
-    scores = np.exp([divergence.mean() for divergence in divergences])
+    divergences = [scipy.special.rel_entr(x, x.mean(axis=0)).sum(axis=1).mean() for x in parts]
+    scores = np.exp(divergences)
     return float(scores.mean()), float(scores.std())
 
 
@@ -1300,8 +1300,7 @@ def latent_walk(generator, walks, seed, frames=120):
     each point on it is as likely as any that is drawn at random.
     """
     start, aside = latent_points(generator, 2 * walks, seed).reshape(2, walks, -1)
-    angle = np.linspace(0, 2 * np.pi, frames, endpoint=False, dtype=np.float32)
-    angle = angle[:, np.newaxis, np.newaxis]
+    angle = np.linspace(0, 2 * np.pi, frames, endpoint=False, dtype=np.float32).reshape(-1, 1, 1)
     return np.cos(angle) * start + np.sin(angle) * aside
 
 
@@ -1394,9 +1393,9 @@ def save_pictures(folder, images, labels=None):
 def save_animation(path, pictures, frames_per_second):
     """Write a GIF of equally large Pillow pictures."""
     first, *others = pictures
-    timing = {"duration": 1000 // frames_per_second, "loop": 0}
+    duration = 1000 // frames_per_second  # milliseconds
     with replacing(path) as temporary:
-        first.save(temporary, save_all=True, append_images=others, **timing)
+        first.save(temporary, save_all=True, append_images=others, duration=duration, loop=0)
 
 
 def save_metrics_plot(path, history, title):
