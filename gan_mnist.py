@@ -82,6 +82,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
@@ -90,8 +91,7 @@ class _ImportedOnFirstUse:  # TensorFlow takes four seconds, which --help doesn'
         self._name = name
 
     def __getattr__(self, attribute):
-        if self._name in ("keras", "tensorflow"):
-            _start_tensorflow()
+        _start_tensorflow()
         return getattr(importlib.import_module(self._name), attribute)
 
 
@@ -118,7 +118,7 @@ def _start_tensorflow():
         os.close(nowhere)
 
 
-h5py, keras, scipy, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "scipy", "tensorflow"))
+h5py, keras, tf = map(_ImportedOnFirstUse, ("h5py", "keras", "tensorflow"))
 
 
 class UsageError(ValueError):
