@@ -541,6 +541,9 @@ def _dense_discriminator(hidden, settings, dtype):
 
 
 def _dense(width, dtype, **options):
+    if dtype == "float32" or ROUNDING not in os.environ:
+        return keras.layers.Dense(width, dtype=dtype, **options)
+
     class BatchedDense(keras.layers.Dense):
         """Dense as a batch of one product: oneDNN itself rounds such floats to bfloat16.
 
@@ -553,8 +556,6 @@ def _dense(width, dtype, **options):
             product = tf.squeeze(product, 0)
             return product if self.bias is None else tf.nn.bias_add(product, self.bias)
 
-    if dtype == "float32" or ROUNDING not in os.environ:
-        return keras.layers.Dense(width, dtype=dtype, **options)
     return BatchedDense(width, **options)
 
 
