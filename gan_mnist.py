@@ -475,7 +475,7 @@ def as_dataset(images, labels=None, name="images", test_images=None, settings=Se
         test_images = _as_images(test_images, f"{name}'s test images", settings)
         if test_images.shape[1:] != images.shape[1:]:
             raise UsageError(f"test images of {name} are not {images.shape[1:]} like the others")
-    if images.size != size:
+    if images.size != size:  # resized or recoloured
         name += " " + "x".join(map(str, images.shape[1:]))
     if labels is not None:
         labels = np.asarray(labels)
@@ -1954,7 +1954,7 @@ def _generate_command(settings, options):
         raise UsageError(f"--output is {str(output)!r}, but must be a .png, .npz, .gif or a folder")
     _refuse_unwritable(output.parent if output.suffix else output)
     path, digits = options.get("checkpoint", default_generator(settings)), options.get("digits")
-    generator = load_generator(path, settings)
+    generator = load_generator(path)
     labels = classes_to_draw(generator, options.get("count", 10 if digits else 100), digits)
     columns = len(digits) if digits else min(len(labels), 10)
     latent = latent_points(generator, len(labels), settings.seed)
@@ -1989,7 +1989,7 @@ def _evaluate_command(settings, options):
     if "images" in options:
         images, labels, *_ = load_path(path, settings)
     else:
-        generator = load_generator(path, settings)
+        generator = load_generator(path)
         drawn = count or settings.evaluation_images
         images, labels = draw_random(generator, drawn, seed=settings.seed)
         labels = labels if classes_of(generator) else None
