@@ -1493,12 +1493,12 @@ def _refuse_strange_parts(path):
         raise ValueError(f"it holds {sorted(set(strange))}")
 
 
-def load_generator(path=None, settings=Settings()):
+def load_generator(path=None):
     """Return the Keras generator in `path`; by default the best of the last run, else the shipped.
 
     Raises UsageError for a file that is missing, damaged, not harmless or not a generator.
     """
-    path = path or default_generator(settings)
+    path = path or default_generator(Settings())
     model = load_keras(path)
     inputs, outputs = ([x.shape for x in ends] for ends in (model.inputs, model.outputs))
     match inputs, outputs:
