@@ -1670,9 +1670,8 @@ def train(dataset=None, epochs=None, settings=Settings(), resume=False):
     settings = dataclasses.replace(settings, epochs=settings.epochs if epochs is None else epochs)
     if dataset is None:
         dataset = load_dataset(settings)
-    else:
-        parts = dataset if isinstance(dataset, Dataset) else (dataset,)
-        dataset = as_dataset(*parts, settings=settings)
+    parts = dataset if isinstance(dataset, Dataset) else (dataset,)
+    dataset = as_dataset(*parts, settings=settings)
     refuse_untrainable(dataset, settings)
     if dataset.labels is None and settings.conditional:
         print(f"{dataset.name} has no labels: training without classes.\n")
