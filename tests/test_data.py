@@ -6,6 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import keras
 import numpy as np
 import pytest
 from conftest import files_in, npz_bytes, synthetic_digits
@@ -216,3 +217,28 @@ def test_real_mnist_has_its_shapes_and_classes(mnist):
     assert np.bincount(dataset.labels).tolist() == [
         *(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
     ]
+
+
+def test_a_mirror_whose_every_address_is_silent_costs_one_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gan_mnist, "STALL_SECONDS", 0.3)
+    over = threading.Event()
+    monkeypatch.setattr(keras.utils, "get_file", lambda *_, **__: over.wait(20))
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"nothing came for 0\.3 seconds"):
+        gan_mnist._download("http://mirror/x.npz", tmp_path / "x.npz")
+    assert time.monotonic() - start < 5
+    over.set()
+
+
+def test_a_slow_mirror_is_waited_for_while_bytes_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(gan_mnist, "STALL_SECONDS", 0.5)
+
+    def slow(name, url, cache_dir, cache_subdir):
+        with open(cache_dir / name, "wb", buffering=0) as file:
+            for _ in range(8):
+                file.write(b"x")
+                time.sleep(0.2)
+
+    monkeypatch.setattr(keras.utils, "get_file", slow)
+    gan_mnist._download("http://mirror/x.npz", tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == 8 * b"x"

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import resource
 import struct
 import tracemalloc
 import zipfile
@@ -547,3 +548,53 @@ def test_the_curves_leave_out_epochs_that_were_not_measured(tmp_path):
         gan_mnist.save_metrics_plot(path, history[:number], "title")
         with Image.open(path) as picture:
             assert picture.size == (1100, 750)
+
+
+def test_pictures_beside_folders_of_classes_are_refused(tmp_path):
+    write_pictures(tmp_path / "set" / "cats", GREY[:3])
+    Image.fromarray(GREY[3]).save(tmp_path / "set" / "stray.png")
+    with pytest.raises(gan_mnist.UsageError, match="beside folders"):
+        load(tmp_path / "set")
+
+
+def test_classes_above_nine_are_asked_for_with_commas(tmp_path):
+    settings = gan_mnist.Settings(generator_widths=(8,), latent_dim=4)
+    generator = gan_mnist.build_generator(settings, (8, 8, 1), 12)
+    assert gan_mnist.classes_to_draw(generator, 2, "10,11,3").tolist() == [10, 11, 3] * 2
+    assert gan_mnist.classes_to_draw(generator, 1, "113").tolist() == [1, 1, 3]
+    with pytest.raises(gan_mnist.UsageError, match="0 to 11"):
+        gan_mnist.classes_to_draw(generator, 1, "10,12")
+
+
+@pytest.mark.parametrize("name", ["cost_$5_and_$6", "\u6570\u5b57", "bad\udcff"])
+def test_a_data_set_may_have_any_name(name, tmp_path, monkeypatch, recwarn):
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / f"{name}.npz", images=np.tile(GREY, (4, 1, 1)))
+    small = {"generator_widths": (8,), "discriminator_widths": (8,), "epochs": 1, "batch_size": 60}
+    settings = gan_mnist.Settings(dataset=f"{name}.npz", evaluation_images=100, **small)
+    gan_mnist.train(settings=settings)
+    assert (tmp_path / "samples" / "metrics.png").exists() and len(rows(tmp_path)) == 1
+    assert not [str(x.message) for x in recwarn if "Glyph" in str(x.message)]
+
+
+def test_data_without_classes_are_not_called_collapsed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ones = np.zeros((100, 28, 28), np.uint8)
+    ones[:, 4:24, 12:15] = 255
+    small = {"generator_widths": (8,), "discriminator_widths": (8,), "evaluation_images": 100}
+    gan_mnist.train(ones, settings=gan_mnist.Settings(epochs=1, batch_size=50, **small))
+    assert "COLLAPSED" not in capsys.readouterr().out
+
+
+def test_an_animation_needs_no_open_file_a_frame(tmp_path):
+    for number in range(300):
+        Image.fromarray(np.full((8, 8), number % 256, np.uint8)).save(tmp_path / f"{number}.png")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        frames = map(gan_mnist._opened, (tmp_path / f"{number}.png" for number in range(300)))
+        gan_mnist.save_animation(tmp_path / "all.gif", frames, 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with Image.open(tmp_path / "all.gif") as gif:
+        assert gif.n_frames == 300

@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import contents, npz_bytes, synthetic_digits
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import gan_mnist
 
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 MANY = int(os.environ.get("FUZZ", "40"))
-tried = settings(
+tried = hypothesis.settings(
     max_examples=MANY,
     deadline=None,
     database=None,
     derandomize=MANY == 40,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 IMAGES, LABELS = synthetic_digits(40)
 SMALL = {"batch_size": 20, "latent_dim": 4, "generator_widths": (8,), "discriminator_widths": (8,)}
@@ -90,7 +90,7 @@ def refusing(folder, *errors):
 
 
 @tried
-@given(st.sampled_from(list(gan_mnist.SETTINGS)), st.text())
+@hypothesis.given(st.sampled_from(list(gan_mnist.SETTINGS)), st.text())
 def test_any_text_for_any_setting(name, text):
     arguments = ["--" + name.replace("_", "-"), text]
     with contextlib.suppress(gan_mnist.UsageError):
@@ -98,7 +98,7 @@ def test_any_text_for_any_setting(name, text):
 
 
 @tried
-@given(
+@hypothesis.given(
     st.lists(st.one_of(st.text(), st.sampled_from(["train", "--resume", "--count", "-1", "--"])))
 )
 def test_any_command_line(arguments):
@@ -142,7 +142,7 @@ def test_a_mangled_data_set(kind, tmp_path):
     path = tmp_path / name
 
     @tried
-    @given(st.lists(EDIT, min_size=1, max_size=4))
+    @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
         path.write_bytes(mangled(whole, edits))
         dataset = str(path if name.endswith("npz") else tmp_path)
@@ -163,7 +163,7 @@ def test_a_mangled_h5(generator_h5, tmp_path):
     whole, path = generator_h5.read_bytes(), tmp_path / "generator.h5"
 
     @tried
-    @given(st.lists(EDIT, min_size=1, max_size=4))
+    @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
         path.write_bytes(mangled(whole, edits))
         with refusing(tmp_path, gan_mnist.UsageError):
@@ -185,7 +185,7 @@ def test_an_h5_whose_description_makes_no_sense(generator_h5, tmp_path):
     path = tmp_path / "generator.h5"
 
     @tried
-    @given(st.lists(st.integers(0, 20), min_size=2, max_size=9), ODD)
+    @hypothesis.given(st.lists(st.integers(0, 20), min_size=2, max_size=9), ODD)
     def try_one(where, value):
         with_config(generator_h5, path, lambda config: replaced(config, where, value))
         with refusing(tmp_path, gan_mnist.UsageError):
@@ -217,7 +217,7 @@ def test_a_mangled_state(name, sums_fit, saved, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
 
     @tried
-    @given(st.lists(EDIT, min_size=1, max_size=4))
+    @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
         (folder / name).write_bytes(mangled((whole / name).read_bytes(), edits))
         if sums_fit and name != "SHA256SUMS":

@@ -17,6 +17,7 @@ def test_the_notebook_example_runs(tmp_path, monkeypatch):
     assert code.count("epochs=5") == code.count("my_images, 20") == 1
     # Fewer epochs: a minute less.
     code = code.replace("epochs=5", "epochs=1").replace("my_images, 20", "my_images, 2")
+    code = code.replace("my_images, 30", "my_images, 3")
     names = {"my_images": synthetic_digits(600)[0], "images_to_measure": synthetic_digits(300)[0]}
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):

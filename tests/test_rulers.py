@@ -330,3 +330,20 @@ np.save(sys.argv[1], gan_mnist.measure(ruler, np.load("images.npy"))[0])
         assert run_code(code, name, cwd=tmp_path, **changes).status == 0
     exact, rounding = (np.load(tmp_path / f"{name}.npy") for name in ("exact", "rounding"))
     assert abs(rounding - exact).max() < 1e-5 * abs(exact).max()
+
+
+def test_other_weights_have_another_name(home):
+    network = gan_mnist.load_keras(gan_mnist.SHIPPED_INCEPTION)
+    assert gan_mnist._ruler_of(network).name == "mnist_inception_1"
+    weights = network.get_weights()
+    weights[0] = weights[0] + 1e-3
+    network.set_weights(weights)
+    assert gan_mnist._ruler_of(network).name.startswith("inception_")
+
+
+def test_a_class_that_only_the_unseen_tenth_has_is_learnt_as_well(capsys):
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (20, 8, 8, 1), np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 2
+    network = gan_mnist.train_inception((images, labels), (images[:1], labels[:1] + 2), epochs=1)
+    assert network.output_shape[1] == (None, 3)

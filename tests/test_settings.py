@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import re
 import sys
 import time
@@ -203,3 +204,81 @@ def test_importing_prints_nothing_and_does_not_import_tensorflow(tmp_path):
     code = "import sys, gan_mnist; sys.exit(bool({'tensorflow', 'keras'} & set(sys.modules)))"
     assert run_code(code, cwd=tmp_path) == (0, "", "")
     assert files_in(tmp_path) == []
+
+
+# ----- Constants as a person may edit them
+
+
+def edited(folder, line, name="EPOCHS"):
+    """Return the program imported from a copy in which the constant's line is another."""
+    copy = folder / "edited_gan_mnist.py"
+    copy.write_text(SOURCE.replace(constants()[name], line, 1), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited_gan_mnist", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_value(name, value):
+    """Return the constant's line with another value and its own comment."""
+    return f"{name} = {value}  # {constants()[name].split('  # ', 1)[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("EPOCHS", '"7"', 7),
+        ("R1", "0", 0.0),
+        ("CONDITIONAL", '"False"', False),
+        ("GENERATOR_WIDTHS", "[64, 128]", (64, 128)),
+        ("GENERATOR_WIDTHS", "64", (64,)),
+        ("GENERATOR_WIDTHS", '"64,128"', (64, 128)),
+        ("SAMPLES_DIR", '"my#pictures"', "my#pictures"),
+    ],
+)
+def test_an_edited_constant_means_what_its_flag_would(name, value, meant, tmp_path):
+    read = getattr(edited(tmp_path, with_value(name, value), name).Settings(), name.lower())
+    assert read == meant and type(read) is type(meant)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("EPOCHS", "0"),
+        ("EPOCHS", "1.5"),
+        ("LOSS", '"wgan"'),
+        ("GENERATOR_WIDTHS", "()"),
+        ("SEED", "None"),
+        ("CONDITIONAL", "0"),
+        ("DATASET", '"nowhere"'),
+        ("DATASET", '""'),
+    ],
+)
+def test_a_constant_edited_to_what_cannot_be_costs_one_line_and_no_traceback(
+    name, value, tmp_path, capsys
+):
+    program = edited(tmp_path, with_value(name, value), name)
+    assert program.main(["generate"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--{name.lower().replace('_', '-')}" in line and value.strip('"') in line
+
+
+@pytest.mark.parametrize("line", ["EPOCHS = 5 # [1..9]", "EPOCHS: int = 5  # fewer [1..9]"])
+def test_a_constants_comment_may_be_edited(line, tmp_path):
+    program = edited(tmp_path, line)
+    assert program.Settings().epochs == 5
+    with pytest.raises(program.UsageError, match=r"1\.\.9"):
+        program.Settings(epochs=10)
+
+
+def test_a_constant_that_lost_its_comment_is_named(tmp_path, capsys):
+    assert edited(tmp_path, "EPOCHS = 5").main(["generate"]) == 2
+    assert "EPOCHS" in capsys.readouterr().err
+
+
+def test_lists_and_the_flags_of_truth_are_typed_as_they_are_read():
+    flags = ["--generator-widths", "8,16", "--conditional", "false"]
+    settings = gan_mnist.parse_command_line(flags)[1]
+    assert gan_mnist.resuming_line(dataclasses.asdict(settings)).endswith(" ".join(flags[2:])) or (
+        "--conditional false" in gan_mnist.resuming_line(dataclasses.asdict(settings))
+    )

@@ -558,3 +558,16 @@ def test_a_state_is_saved_in_less_than_a_second(tmp_path):
 def test_resume_with_nothing_to_resume_writes_nothing(tmp_path):
     result = run("--resume", "--dataset", ROOT / "tests", cwd=tmp_path)
     assert result.status == 2 and files_in(tmp_path) == []
+
+
+def test_a_start_that_had_no_epoch_does_not_push_out_the_run_before_it(
+    quick, tmp_path, monkeypatch
+):
+    gan_mnist.train(DATA, settings=settings_in(tmp_path, epochs=2))
+    gan_mnist.train(DATA, settings=settings_in(tmp_path, epochs=1))  # the first is previous/ now
+    kept = contents(tmp_path / "made" / "previous")
+    shutil.rmtree(tmp_path / "samples")
+    for path in (tmp_path / "made").glob("*.h5"):  # as if stopped before its first epoch's end
+        path.unlink()
+    gan_mnist.train(DATA, settings=settings_in(tmp_path, epochs=1))
+    assert contents(tmp_path / "made" / "previous") == kept

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 
 import pytest
 from conftest import (
@@ -121,3 +122,47 @@ def test_ctrl_c_in_the_last_call_of_an_epoch_loses_no_row(tmp_path, monkeypatch,
     train("stopped", resume=True)
     assert len(losses("whole")) == 2
     assert losses("stopped") == losses("whole")
+
+
+def test_a_run_that_the_clock_ended_within_an_epoch_goes_on_to_that_epochs_own_numbers(
+    tmp_path, monkeypatch
+):
+    images = synthetic_digits(2200)[0]  # 110 steps: three calls
+
+    def train(name, **changes):
+        folders = {"samples_dir": str(tmp_path / name), "checkpoints_dir": str(tmp_path / name)}
+        small = {"generator_widths": (8,), "discriminator_widths": (8,), "evaluation_images": 100}
+        settings = gan_mnist.Settings(epochs=1, batch_size=20, decay_from=1.0, **small, **folders)
+        gan_mnist.train(images, settings=settings, **changes)
+        with open(tmp_path / name / "metrics.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        return row
+
+    whole = train("whole")
+    with monkeypatch.context() as patch:  # a clock that strikes in the first call
+        patch.setattr(gan_mnist.Run, "progress", lambda run: float(run.step() > 0))
+        cut = train("cut")
+    assert int(cut["step"]) < int(whole["step"]) == 110
+    resumed = train("cut", resume=True)
+    for name in ("step", "discriminator_loss", "generator_loss", "fid"):
+        assert resumed[name] == whole[name], name
+    assert float(resumed["seconds"]) > float(cut["seconds"])
+
+
+@pytest.mark.parametrize("seconds", [3.0, 4.0, 5.0])
+def test_ctrl_c_ends_a_command_at_once_wherever_it_is(seconds, digits_npz, tmp_path):
+    flags = ("evaluate", "--inception", "mnist", "--dataset", digits_npz, "--count", 20_000)
+    process = subprocess.Popen(
+        command(*flags),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Interrupted" in out + err, (out, err)
+    assert "Traceback" not in err and "terminate" not in err
