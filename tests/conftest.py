@@ -169,6 +169,27 @@ def untimed(folder):
     return [{k: v for k, v in row.items() if k not in timed} for row in rows(folder)]
 
 
+def small(**changes):
+    """Return Settings of small networks."""
+    return gan_mnist.Settings(
+        **{"latent_dim": 8, "generator_widths": (24, 32), "discriminator_widths": (32, 16)}
+        | {"conv_channels": 4}
+        | changes
+    )
+
+
+def train_quietly(folder, data, epochs=1, **changes):
+    """Train small networks in this process; return the averaged generator."""
+    settings = small(
+        samples_dir=str(folder / "samples"),
+        checkpoints_dir=str(folder / "checkpoints"),
+        evaluation_images=100,
+        **changes,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        return gan_mnist.train(data, epochs, settings)
+
+
 def assert_same_weights(*paths):
     first, second = (gan_mnist.load_generator(path).get_weights() for path in paths)
     assert len(first) == len(second) > 0

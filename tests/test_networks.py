@@ -1,41 +1,18 @@
 """Networks, losses and the training step: shapes, formulas, gradients, the average."""
 
-import contextlib
-import io
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import synthetic_digits
+from conftest import small, synthetic_digits, train_quietly
 
 import gan_mnist
 
 LOSS_NAMES = (
     *("non_saturating", "minimax", "least_squares", "hinge", "wasserstein", "relativistic"),
 )
-
-
-def small(**changes):
-    """Return Settings of small networks."""
-    return gan_mnist.Settings(
-        **{"latent_dim": 8, "generator_widths": (24, 32), "discriminator_widths": (32, 16)}
-        | {"conv_channels": 4}
-        | changes
-    )
-
-
-def train_quietly(folder, images, **changes):
-    """Train in this process for one epoch; return the averaged generator."""
-    settings = small(
-        samples_dir=str(folder / "samples"),
-        checkpoints_dir=str(folder / "checkpoints"),
-        evaluation_images=100,
-        **changes,
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        return gan_mnist.train(images, epochs=1, settings=settings)
 
 
 def kinds(model):

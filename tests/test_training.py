@@ -1,0 +1,261 @@
+"""Training itself: what the networks are shown, how fast they learn, what is saved and measured."""
+
+import itertools
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import ROOT, rows, run_code, small, synthetic_digits, train_quietly
+from PIL import Image
+
+import gan_mnist
+
+# 256 images that are told apart: all pixels of number i are i, and its class is i % 10.
+NUMBERED = gan_mnist.Dataset(
+    np.arange(256, dtype=np.uint8).repeat(16).reshape(-1, 4, 4, 1),
+    (np.arange(256) % 10).astype(np.uint8),
+    "numbered",
+)
+BATCH, DECAY_FROM = 32, 0.25
+RATES = {"generator_learning_rate": 1e-3, "discriminator_learning_rate": 3e-3}
+MIRRORED = """
+import numpy as np, tensorflow as tf
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, 2 * [tf.config.LogicalDeviceConfiguration()])
+import conftest, gan_mnist, pathlib
+shown, train_step = [], gan_mnist.train_step
+def noting(state, settings, real, condition):
+    tf.numpy_function(lambda pixels: shown.extend(pixels.tolist()), [real[:, 0, 0, 0]], [])
+    return train_step(state, settings, real, condition)
+gan_mnist.train_step = noting
+images = np.arange(80, dtype=np.uint8).repeat(16).reshape(-1, 4, 4)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    conftest.train_quietly(pathlib.Path(), images, batch_size=20)
+assert np.allclose(sorted(shown), np.arange(80) / 127.5 - 1), shown
+"""
+
+
+def watched_run(folder, epochs, **changes):
+    """Train on the numbered images, a step a call, three seconds a step, and learn nothing.
+
+    Return what reached each step of the compiled training: images, labels and learning rates.
+    """
+    clock, seen = [0.0], []
+
+    def note(*arrays):
+        clock[0] += 3
+        seen.append([array.copy() for array in arrays])
+        return np.zeros(2, np.float32)
+
+    def step(state, settings, real, condition):
+        optimizers = state.generator_optimizer, state.discriminator_optimizer
+        rates = [tf.convert_to_tensor(optimizer.learning_rate) for optimizer in optimizers]
+        losses = tf.numpy_function(note, [real, *condition, tf.stack(rates)], tf.float32)
+        return tf.ensure_shape(losses, 2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gan_mnist, "train_step", step)
+        patch.setattr(gan_mnist, "STEPS_PER_CALL", 1)
+        patch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        flags = {"batch_size": BATCH, "decay_from": DECAY_FROM, "inception": "mnist"}
+        train_quietly(folder, NUMBERED, epochs, **flags, **RATES, **changes)
+    return map(np.stack, zip(*seen, strict=True))
+
+
+def numbers(images):
+    """Return which of the numbered images these (..., 4, 4, 1) in [-1, 1] are."""
+    return np.rint((images[..., 0, 0, 0] + 1) * 127.5).astype(int)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """What three epochs of seed 1 showed: images, labels, learning rates."""
+    return tuple(watched_run(tmp_path_factory.mktemp("watched"), epochs=3, seed=1))
+
+
+# ----- What the networks are shown
+
+
+def test_each_epoch_shows_every_image_once_in_an_order_of_its_own(watched):
+    orders = numbers(watched[0]).reshape(3, 256)
+    assert np.array_equal(np.sort(orders), [range(256)] * 3)
+    for one, other in itertools.combinations([range(256), *orders], 2):
+        assert np.mean(np.equal(one, other)) < 0.1
+
+
+def test_each_image_is_shown_from_minus_one_to_one_beside_its_own_label(watched):
+    images, labels, _ = watched
+    exact = NUMBERED.images[numbers(images)] / 127.5 - 1
+    assert np.allclose(images, exact, rtol=0, atol=1e-6)
+    assert images.min() == -1 and images.max() == 1
+    assert np.array_equal(labels, numbers(images) % 10)
+
+
+@pytest.mark.parametrize("pixels", [1, 2])
+def test_each_eighth_of_a_batch_is_rolled_by_so_many_pixels_any_way_of_its_own(pixels):
+    images = np.random.default_rng(0).normal(size=(16, 6, 6, 1)).astype("float32")
+    ways = set(itertools.product(range(-pixels, pixels + 1), repeat=2))
+    rolled = [
+        {np.roll(eighth, way, (1, 2)).tobytes(): way for way in ways}
+        for eighth in np.split(images, 8)
+    ]
+    random, found = tf.random.Generator.from_seed(0), []
+    for _ in range(40):
+        eighths = np.split(gan_mnist.shift(tf.constant(images), pixels, random).numpy(), 8)
+        found.append([x.get(y.tobytes()) for x, y in zip(rolled, eighths, strict=True)])
+    assert set(itertools.chain(*found)) == ways
+    assert all(len(set(each)) > 2 for each in found)
+
+
+def test_real_and_generated_images_are_shifted_before_the_discriminator_sees_them(monkeypatch):
+    seen, look = [], gan_mnist.logits_and_slope
+
+    def looking(discriminator, condition, images):
+        seen.append(np.unique(images).tolist())
+        return look(discriminator, condition, images)
+
+    monkeypatch.setattr(gan_mnist, "logits_and_slope", looking)
+    monkeypatch.setattr(gan_mnist, "shift", lambda images, pixels, random: 0 * images + pixels)
+    settings = small(shift=2, conditional=False)
+    state = gan_mnist.new_state(settings, NUMBERED)
+    gan_mnist.train_step(state, settings, tf.ones((8, 4, 4, 1)), [])
+    assert seen == [[2], [2]]
+
+
+# ----- How fast they learn
+
+
+def test_both_learning_rates_fall_to_zero_with_the_epochs_or_the_minutes(watched, tmp_path):
+    *_, in_a_minute = watched_run(tmp_path, epochs=5, max_minutes=1.0)  # 20 of 40 steps
+    for rates, steps in ((watched[2], 24), (in_a_minute, 20)):
+        left = 1 - np.arange(steps) / steps
+        paces = np.minimum(1, left / (1 - DECAY_FROM))
+        assert rates == pytest.approx(np.outer(paces, list(RATES.values())), rel=1e-5)
+
+
+def trained_once(steps, **changes):
+    """Return the weights before, and the state after, so many steps in one compiled call."""
+    settings = small(batch_size=BATCH, **changes)
+    state = gan_mnist.new_state(settings, NUMBERED)
+    before = {name: getattr(state, name).get_weights() for name in ("generator", "discriminator")}
+    train = gan_mnist.compile_training(state, NUMBERED, settings)
+    train(tf.range(256), tf.constant(0), tf.constant(steps), tf.constant(1.0))
+    return before, state
+
+
+@pytest.mark.parametrize("still", ["generator", "discriminator"])
+def test_a_network_whose_learning_rate_is_nought_keeps_its_weights_alone(still):
+    before, state = trained_once(2, **{f"{still}_learning_rate": 0.0})
+    for name, old in before.items():
+        for variable, was in zip(getattr(state, name).weights, old, strict=True):
+            if variable.path.endswith("kernel"):  # relativistic logits' own bias never moves
+                assert np.array_equal(variable, was) == (name == still), variable.path
+
+
+def test_the_optimizers_do_what_adam_of_keras_does():
+    settings = small(beta_1=0.5, beta_2=0.9)
+    state = gan_mnist.new_state(settings, NUMBERED)
+    theirs = [keras.Variable(x) for x in state.discriminator.trainable_variables]
+    ours, adam = state.discriminator.trainable_variables, keras.optimizers.Adam(1.0, 0.5, 0.9)
+    random = np.random.default_rng(0)
+    for rate in (1e-2, 1e-2, 3e-3, 1e-3, 1e-3, 0.0):
+        scale = 10.0 ** random.integers(-8, 2)  # down to where epsilon counts
+        gradients = [tf.constant(scale * random.normal(size=x.shape), tf.float32) for x in ours]
+        for optimizer, variables in ((state.discriminator_optimizer, ours), (adam, theirs)):
+            optimizer.learning_rate.assign(rate)
+            optimizer.apply(gradients, variables)
+        for mine, its in zip(ours, theirs, strict=True):
+            assert np.allclose(mine, its, rtol=1e-5, atol=1e-6)
+
+
+def test_another_seed_means_other_weights_other_latents_and_another_order(watched, tmp_path):
+    states = [gan_mnist.new_state(small(seed=seed), NUMBERED) for seed in (1, 2, 1)]
+    latents = [state.random.normal((4, 8)).numpy() for state in states]
+    for kind in ("generator", "discriminator"):
+        kernels = [getattr(state, kind).get_weights()[0] for state in states]
+        for first, other, again in (kernels, latents):
+            assert np.array_equal(first, again) and np.isclose(first, other).mean() < 0.1
+    images, *_ = watched_run(tmp_path, epochs=1, seed=2)
+    assert np.mean(numbers(images) == numbers(watched[0][: len(images)])) < 0.1
+
+
+# ----- What is saved and measured
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
+def test_the_average_nears_the_generator_by_a_decay_a_step_that_warms_up(decay):
+    before, state = trained_once(5, ema_decay=decay)
+    weight = 1 - min(decay, 6 / 15) ** 5
+    start, end = before["generator"], state.generator.get_weights()
+    for was, now, mean in zip(start, end, state.average.get_weights(), strict=True):
+        assert not np.array_equal(was, mean)
+        assert np.allclose(mean, was + weight * (now - was), rtol=1e-4, atol=1e-6)
+
+
+def test_a_short_run_saves_the_average_and_the_last_row_of_the_table_has_its_fid(tmp_path):
+    images, labels = synthetic_digits(320)
+    data = gan_mnist.as_dataset(images, labels, "segments")
+    common = {"batch_size": 64, "seed": 5, "inception": "mnist"}
+    common["generator_learning_rate"] = 0.01  # FID of the average is 4 % off the generator's own
+    average = train_quietly(tmp_path, data, epochs=3, **common)
+    saved = gan_mnist.load_generator(tmp_path / "checkpoints" / "generator_latest.h5")
+    first = gan_mnist.new_state(small(**common), data).average
+    for mean, kept, was in zip(average.weights, saved.weights, first.weights, strict=True):
+        assert np.array_equal(mean, kept) and not np.array_equal(mean, was), mean.path
+    ruler = gan_mnist.load_ruler(small(**common), data)
+    metrics = gan_mnist.quick_metrics(ruler, gan_mnist.generate(saved, 100, seed=5))
+    assert float(rows(tmp_path)[-1]["fid"]) == pytest.approx(metrics["fid"], rel=1e-3)
+
+
+def test_a_class_of_every_fiftieth_image_is_covered_and_one_of_stray_images_is_not():
+    drawn = np.repeat(np.arange(10), [275] + [100] * 7 + [20, 5])
+    ruler = gan_mnist.Ruler("none", None, mean=np.zeros(4), covariance=np.eye(4))
+    outputs = np.random.default_rng(0).normal(size=(1000, 4)), np.eye(10)[drawn]
+    assert gan_mnist.quick_metrics(ruler, None, outputs)["classes_covered"] == 9
+
+
+def test_beside_a_training_image_the_page_of_neighbours_shows_itself(digits_npz, tmp_path):
+    images = synthetic_digits(3000)[0][500:520]
+    settings = gan_mnist.Settings(dataset=str(digits_npz), inception="mnist")
+    gan_mnist.evaluate_images(images, settings, page=tmp_path / "page.png")
+    pairs = np.asarray(Image.open(tmp_path / "page.png"))[-4 * 56 :: 2, ::2]
+    pairs = pairs.reshape(4, 28, 5, 63).swapaxes(1, 2).reshape(20, 28, 63)
+    measured, neighbours = pairs[..., :28], pairs[..., 28:56]
+    assert sorted(x.tobytes() for x in measured) == sorted(x.tobytes() for x in images)
+    assert np.array_equal(measured, neighbours)
+
+
+# ----- The machine
+
+
+@pytest.mark.parametrize(
+    "flags, capability, asked, chosen",
+    [
+        ("fma avx2", None, "auto", "float32"),
+        ("fma amx_bf16 amx_tile", None, "auto", "mixed_bfloat16"),
+        ("fma amx_bf16 amx_tile", None, "float32", "float32"),
+        ("fma avx2", None, "bfloat16", "mixed_bfloat16"),
+        ("fma amx_bf16 amx_tile", (7, 5), "auto", "float32"),
+        ("fma avx2", (8, 0), "auto", "mixed_bfloat16"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(
+    flags, capability, asked, chosen, monkeypatch
+):
+    settings, gpus = gan_mnist.Settings(precision=asked), ["GPU"] if capability else []
+    details = {"compute_capability": capability}
+    cpuinfo = SimpleNamespace(exists=lambda: True, read_text=lambda: f"flags : {flags}\n")
+    monkeypatch.setattr(gan_mnist, "Path", lambda _: cpuinfo)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: gpus)
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: details)
+    assert gan_mnist.choose_precision(settings) == chosen
+
+
+def test_two_mirrored_devices_train_an_epoch_on_every_image(tmp_path):
+    done = run_code(MIRRORED, cwd=tmp_path, PYTHONPATH=ROOT / "tests")
+    assert done.status == 0, done.err
+    (row,) = rows(tmp_path)
+    losses = [float(row[f"{name}_loss"]) for name in ("generator", "discriminator")]
+    assert np.isfinite(losses).all() and row["step"] == "4"
