@@ -1727,8 +1727,9 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
     """Train, measure, leave pictures and checkpoints; return the averaged generator.
 
     `dataset` is a Dataset, uint8 images (N, H, H) or (N, H, H, 1 or 3), or None for
-    `settings.dataset`; `resume` goes on with the run in the checkpoints folder. Raises UsageError for settings or images that don't fit, RunError where
-    the run cannot go on, and KeyboardInterrupt after Ctrl-C, when all is saved.
+    `settings.dataset`; `resume` goes on with the run in the checkpoints folder. Raises UsageError
+    for settings or images that don't fit, RunError where the run cannot go on, and
+    KeyboardInterrupt after Ctrl-C, when all is saved.
     """
     settings = settings or Settings()
     settings = dataclasses.replace(settings, epochs=settings.epochs if epochs is None else epochs)
@@ -1764,8 +1765,7 @@ def _refuse_unwritable(*folders):
 
 
 def _prepare(settings, dataset, resume):  # all that may fail before the first file changes
-    with tf.distribute.get_strategy().scope():
-        state = new_state(settings, dataset)
+    state = new_state(settings, dataset)
     samples, checkpoints = Path(settings.samples_dir), Path(settings.checkpoints_dir)
     facts = {"settings": dataclasses.asdict(settings), "data": fingerprint(dataset)}
     history = restore_state(state, checkpoints / "state", facts) if resume else []
