@@ -12,7 +12,7 @@ Every constant below is also a flag (EPOCHS is --epochs) and a field of Settings
 # --- Settings: tweak these. [brackets] hold what is allowed ------------------------------------
 
 # The run
-EPOCHS = 90  # passes over the training images [1..1000000]
+EPOCHS = 80  # passes over the training images [1..1000000]
 MAX_MINUTES = 0.0  # end training after this many minutes, all saved; 0: no limit [0.0..1e6]
 BATCH_SIZE = 256  # images per training step [2..65536]
 SEED = 0  # same seed, same machine: same bytes [0..2147483647]

@@ -1,4 +1,4 @@
-"""What TensorFlow's deterministic operations cost: processor seconds a training call with and without.
+"""What deterministic operations cost: processor seconds a training call with and without them.
 
     python tests/bench_determinism.py [FLAG ...]
 

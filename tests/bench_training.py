@@ -166,7 +166,7 @@ JUDGES = {"judge": small_filters, "judge_5x5": large_filters, "judge_dense": no_
 
 
 def train_judge(name, images, labels):
-    """Train a classifier on images (N, 28, 28, 1) in [0, 1]; write it, giving [features, logits]."""
+    """Train a classifier on images (N, 28, 28, 1) in [0, 1]; write it with [features, logits]."""
     import keras
 
     keras.utils.set_random_seed(7)
@@ -373,7 +373,7 @@ def conv(work, options):
 
 
 def losses(work, options):
-    """Every loss with each architecture, unconditional: the harder game, in which digits get lost."""
+    """Every loss with each architecture, unconditional: the harder game, that loses digits."""
     minutes = ("--max-minutes", str(options.loss_minutes), "--conditional", "false")
     for architecture, (name, flags) in itertools.product(("dense", "conv"), LOSSES.items()):
         scored(work, architecture, name, "--architecture", architecture, *flags, *minutes)

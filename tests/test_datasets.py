@@ -1,4 +1,4 @@
-"""Data that is not MNIST: every kind is read as it is, resized where asked, or refused in a line."""
+"""Data that is not MNIST: every kind is read, resized where asked, or refused in a line."""
 
 import gzip
 import io

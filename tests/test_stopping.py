@@ -28,7 +28,7 @@ import gan_mnist
 
 
 def interrupt_in_second_epoch(flags, folder):
-    """Run in a terminal, press Ctrl-C in the second epoch's midst; return status, screen, errors."""
+    """Run in a terminal, press Ctrl-C amid the second epoch; return status, screen, errors."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         command(*flags), cwd=folder, env=environment(), stdout=follower, stderr=subprocess.PIPE
