@@ -149,7 +149,7 @@ def test_a_run_that_the_clock_ended_within_an_epoch_goes_on_to_that_epochs_own_n
     assert float(resumed["seconds"]) > float(cut["seconds"])
 
 
-@pytest.mark.parametrize("seconds", [3.0, 4.0, 5.0])
+@pytest.mark.parametrize("seconds", [3.0, 4.5])
 def test_ctrl_c_ends_a_command_wherever_it_is(seconds, digits_npz, tmp_path):
     flags = ("evaluate", "--inception", "mnist", "--dataset", digits_npz, "--count", 200_000)
     process = subprocess.Popen(
