@@ -1693,7 +1693,7 @@ def restore_state(state, folder, facts):
 # --- The run -----------------------------------------------------------------------------------
 
 # At most, in one call of the compiled training; between calls come the progress bar and Ctrl-C.
-IMAGES_PER_CALL, STEPS_PER_CALL = 6656, 52
+IMAGES_PER_CALL, STEPS_PER_CALL = 6656, 104
 PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
