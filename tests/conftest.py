@@ -221,7 +221,7 @@ def digits_npz(tmp_path_factory):
 def tiny_flags(digits_npz):
     """Flags of a run of four epochs that takes seconds."""
     return (
-        *("--dataset", digits_npz, "--epochs", 4, "--batch-size", 20, "--latent-dim", 8),
+        *("--dataset", digits_npz, "--epochs", 4, "--batch-size", 10, "--latent-dim", 8),
         *("--generator-widths", "24,32", "--discriminator-widths", "32"),
         *("--evaluation-images", 200, "--checkpoint-every", 2, "--seed", 7),
         *("--inception", "mnist"),  # its own would be trained first

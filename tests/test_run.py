@@ -68,7 +68,7 @@ def test_a_run_leaves_the_files_of_the_design(tiny_run):
 def test_metrics_csv_has_a_sound_row_an_epoch(tiny_run):
     table = rows(tiny_run[0])
     assert [int(row["epoch"]) for row in table] == [1, 2, 3, 4]
-    assert [int(row["step"]) for row in table] == [150, 300, 450, 600]
+    assert [int(row["step"]) for row in table] == [300, 600, 900, 1200]
     for row in table:
         assert float(row["seconds"]) > 0
         speed = 3000 / float(row["seconds"])

@@ -38,7 +38,7 @@ def interrupt_in_second_epoch(flags, folder):
     with contextlib.suppress(OSError):  # so Linux ends a terminal whose process is gone
         while chunk := os.read(leader, 4096):
             screen += chunk
-            steps = [int(number) for number in re.findall(rb"(\d+)/150", screen)]
+            steps = [int(number) for number in re.findall(rb"(\d+)/300", screen)]
             if not interrupted and any(b < a for a, b in itertools.pairwise(steps)):
                 process.send_signal(signal.SIGINT)
                 interrupted = True
@@ -51,7 +51,7 @@ def test_an_interrupted_run_resumes_to_the_bytes_of_one_never_stopped(
 ):
     status, screen, err = interrupt_in_second_epoch(tiny_flags, tmp_path)
     assert (status, err) == (130, ""), screen
-    bar = screen[screen.index("/150") :]
+    bar = screen[screen.index("/300") :]
     assert "images/s" in bar and "loss" in bar
     done = rows(tmp_path)
     assert [row["epoch"] for row in done] == ["1"]
@@ -127,7 +127,7 @@ def test_ctrl_c_in_the_last_call_of_an_epoch_loses_no_row(tmp_path, monkeypatch,
 def test_a_run_that_the_clock_ended_within_an_epoch_goes_on_to_that_epochs_own_numbers(
     tmp_path, monkeypatch
 ):
-    images = synthetic_digits(2200)[0]  # 110 steps: three calls
+    images = synthetic_digits(2200)[0]  # 110 steps: two calls
 
     def train(name, **changes):
         folders = {"samples_dir": str(tmp_path / name), "checkpoints_dir": str(tmp_path / name)}
