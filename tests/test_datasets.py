@@ -180,7 +180,7 @@ def test_fashion_mnist_is_what_keras_has_and_cifar10_offline_costs_one_line(tmp_
         for name, part in (("images-idx3", images[array]), ("labels-idx1", labels[array])):
             part = idx_bytes(part) if name[0] == "i" else bytes(8) + part.tobytes()
             (cached / f"{kind}-{name}-ubyte.gz").write_bytes(gzip.compress(part))
-    flags = ("--epochs", 1, "--batch-size", 50, "--evaluation-images", 100)
+    flags = ("--epochs", 1, "--batch-size", 50, "--evaluation-images", 100, "--inception", "mnist")
     jobs = [(["--dataset", name, *flags], tmp_path) for name in ("fashion_mnist", "cifar10")]
     environment = {**NO_NETWORK, "KERAS_HOME": tmp_path / "keras"}
     fashion, cifar10 = run_batch(jobs, tmp_path / "scratch", **environment)
