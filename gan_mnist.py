@@ -1693,7 +1693,7 @@ def restore_state(state, folder, facts):
 # --- The run -----------------------------------------------------------------------------------
 
 # At most, in one call of the compiled training; between calls come the progress bar and Ctrl-C.
-IMAGES_PER_CALL, STEPS_PER_CALL = 6656, 104
+PIXELS_PER_CALL, STEPS_PER_CALL = 5_200_000, 104
 PATIENCE = 30  # seconds at least, or as long as an epoch, that a full disk gets
 COLUMNS = (
     *("epoch", "step", "seconds", "images_per_second", "discriminator_loss", "generator_loss"),
@@ -1832,10 +1832,12 @@ def _run_epochs(run):
 def _train_epoch(run):
     settings, state, steps = run.settings, run.state, run.steps_per_epoch
     epoch, done = divmod(run.step(), steps)
-    order = tf.range(len(run.dataset.images))
+    images = run.dataset.images
+    order = tf.range(len(images))
     order = tf.random.experimental.stateless_shuffle(order, seed=(settings.seed, epoch))
     columns = ["images/s", "loss D", "G"]
-    stride = min(math.ceil(IMAGES_PER_CALL / settings.batch_size), STEPS_PER_CALL)
+    pixels_per_step = settings.batch_size * images[0].size
+    stride = min(math.ceil(PIXELS_PER_CALL / pixels_per_step), STEPS_PER_CALL)
     bar = keras.utils.Progbar(steps, 5, sys.stdout.isatty(), stateful_metrics=columns)
     for first in range(done, steps, stride):
         last, start = min(first + stride, steps), time.monotonic()

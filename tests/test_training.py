@@ -259,3 +259,22 @@ def test_two_mirrored_devices_train_an_epoch_on_every_image(tmp_path):
     (row,) = rows(tmp_path)
     losses = [float(row[f"{name}_loss"]) for name in ("generator", "discriminator")]
     assert np.isfinite(losses).all() and row["step"] == "4"
+
+
+@pytest.mark.parametrize(("edge", "longest"), [(28, 104), (128, 7)])
+def test_the_larger_the_pictures_the_fewer_steps_pass_between_looks_at_ctrl_c(
+    tmp_path, monkeypatch, edge, longest
+):
+    calls = []
+
+    def counting(state, dataset, settings):
+        def train_steps(order, first, last, pace):
+            calls.append(int(last - first))
+            state.step.assign_add(calls[-1])
+
+        return train_steps
+
+    monkeypatch.setattr(gan_mnist, "compile_training", counting)
+    images = np.zeros((16 * 110, edge, edge, 3 if edge > 28 else 1), np.uint8)
+    train_quietly(tmp_path, images, batch_size=16, generator_widths=(2,))
+    assert calls[0] == max(calls) == longest and sum(calls) == 110
