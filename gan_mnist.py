@@ -237,20 +237,36 @@ def fingerprint(dataset):
     return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:16]}"
 
 
+TEMPORARY = set()  # paths in the care of `removed_after`
+
+
+@contextlib.contextmanager
+def removed_after(path):
+    """Give the path of a file or folder that is removed afterwards, also by Ctrl-C."""
+    TEMPORARY.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        TEMPORARY.discard(path)
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):  # Windows keeps open files; the next run tries again
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Give a temporary path beside `path`, for a file or a folder; sync and rename it after."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield temporary
-        for part in (*temporary.glob("*"), temporary):
+    with removed_after(path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")) as new:
+        yield new
+        for part in (*new.glob("*"), new):
             _sync(part)
-        os.replace(temporary, path)
+        os.replace(new, path)
         _sync(path.parent)
-    finally:
-        _remove(temporary)
 
 
 def _sync(path):
@@ -261,10 +277,6 @@ def _sync(path):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def keras_home():
@@ -1589,11 +1601,8 @@ def alone_in(folder):
             raise UsageError(f"{folder} is in use by the run of process {file.read()}") from None
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
-        try:
+        with removed_after(folder / "lock"):
             yield
-        finally:
-            with contextlib.suppress(OSError):  # it may be gone; Windows keeps open files
-                os.unlink(file.name)
 
 
 def start_afresh(settings):
@@ -1754,7 +1763,7 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
             held.enter_context(alone_in(folder))
         run = _prepare(settings, dataset, resume)
         held.callback(run.summary.close)
-        _stop_on_signals(run.stop, held)
+        held.enter_context(_first_signal_sets(run.stop))
         _run_epochs(run)
         _finish(run)
     return run.state.average
@@ -1799,17 +1808,25 @@ def _print_banner(settings, name, data, state):
     print(f"device         {device}, {choose_precision(settings)}, TensorFlow {tf.__version__}\n")
 
 
-def _stop_on_signals(stop, held):
-    kinds = (signal.SIGINT, signal.SIGTERM)
+@contextlib.contextmanager
+def _first_signal_sets(stop):  # Ctrl-C or SIGTERM; a second one does what it did before
+    is_main = threading.current_thread() is threading.main_thread()  # no other may have handlers
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM) if is_main}
+
+    def restore():
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
     def ask_to_stop(*_):
         stop.set()
-        for kind in kinds:  # the second one ends the program at once
-            signal.signal(kind, signal.default_int_handler)
+        restore()
 
-    if threading.current_thread() is threading.main_thread():
-        for kind in kinds:
-            held.callback(signal.signal, kind, signal.signal(kind, ask_to_stop))
+    for kind in before:
+        signal.signal(kind, ask_to_stop)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def _run_epochs(run):
@@ -2182,10 +2199,18 @@ def main(arguments=None):
     return 0
 
 
+def end_at_once(*_):
+    """End the process with status 130, for Ctrl-C and SIGTERM; leave nothing half-written."""
+    # Not by an exception: amid TensorFlow's work one in 1,300 left it with a broken heap, and
+    # Python's own end would abort where a thread is still inside.
+    for path in list(TEMPORARY):
+        _remove(path)
+    os.write(1, b"\nInterrupted.\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, end_at_once)
     sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
-    status = main()
-    if status == 130:  # a thread may be inside TensorFlow, which Python's own end would abort
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())
