@@ -366,7 +366,7 @@ def _load_mnist_or_stand_in(settings):
 
 def _load_from_keras(settings):
     name = settings.dataset
-    print(f"{name}: from Keras, which downloads it once.", flush=True)
+    print(f"{name}: from Keras, which downloads it once.")
     with downloading():  # CIFAR-10 has pickles, in an archive whose SHA-256 Keras always checks
         (images, labels), (test_images, _) = getattr(keras.datasets, name).load_data()
     return as_dataset(images, labels.ravel(), name, test_images, settings)
@@ -1930,7 +1930,7 @@ def _insist(run, write):
                 kept = "the last good state is kept, for --resume"
                 raise RunError(f"cannot write: {_reason(error)}; {kept}") from None
             if attempt == 0:
-                print(f"Cannot write: {_reason(error)}. Trying again for a while.", flush=True)
+                print(f"Cannot write: {_reason(error)}. Trying again for a while.")
 
 
 def _save_state(run):
@@ -1995,7 +1995,7 @@ def _finish(run):
         print(f"\nBest: FID {best['fid']:.3f} after epoch {best['epoch']}, kept in {kept}")
     print(f"Look at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
     folders = {x: getattr(run.settings, x) for x in ("samples_dir", "checkpoints_dir")}
-    print("Draw more:", line_to_type("generate", folders), flush=True)
+    print("Draw more:", line_to_type("generate", folders))
 
 
 def _draw_curves(run):
@@ -2189,7 +2189,7 @@ def main(arguments=None):
         print(f"gan_mnist.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "\nInterrupted.", flush=True)
+        print(str(stop) or "\nInterrupted.")
         return 130
     except SystemExit:  # after --help, which shall not import TensorFlow for the next line
         raise
@@ -2212,5 +2212,6 @@ def end_at_once(*_):
 if __name__ == "__main__":
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, end_at_once)
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    # Not every terminal has every character; into a file, lines go at once.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())
