@@ -237,7 +237,7 @@ def fingerprint(dataset):
     return f"{len(dataset.images):,} images of {size}, SHA-256 {digest[:16]}"
 
 
-TEMPORARY = set()  # paths in the care of `removed_after`
+TEMPORARY = set()  # what to remove, also when Ctrl-C ends the process
 
 
 @contextlib.contextmanager
