@@ -190,3 +190,17 @@ with gan_mnist.replacing("file.png") as file, gan_mnist.replacing("folder") as f
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "\nInterrupted.\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_have_a_stack_of_their_own(tmp_path):
+    # On the usual one they broke the heap amid oneDNN's products; see the end of gan_mnist.py.
+    code = """
+import faulthandler, runpy, sys
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_path("{0}", run_name="__main__")
+finally:
+    assert faulthandler.is_enabled()
+"""
+    code = code.format(gan_mnist.__file__)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
