@@ -172,7 +172,7 @@ def test_ctrl_c_ends_a_command_at_once_wherever_it_is(seconds, digits_npz, tmp_p
 
 def test_ctrl_c_amid_writing_leaves_nothing_half_written(tmp_path):
     code = """
-import pathlib, signal, gan_mnist
+import signal, gan_mnist
 signal.signal(signal.SIGINT, gan_mnist.end_at_once)
 with gan_mnist.replacing("file.png") as file, gan_mnist.replacing("folder") as folder:
     folder.mkdir()
