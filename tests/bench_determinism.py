@@ -16,8 +16,9 @@ tf = gan_mnist.tf
 if sys.argv.pop(1) == "with":
     tf.config.experimental.enable_op_determinism()
 _, settings, _ = gan_mnist.parse_command_line(sys.argv[1:])
-images = np.random.default_rng(0).integers(0, 256, (10_000, 28, 28, 1), np.uint8)
-dataset = gan_mnist.Dataset(images, (np.arange(10_000) % 10).astype(np.uint8), "noise")
+images = np.random.default_rng(0).integers(0, 256, (10_000, 28, 28), np.uint8)
+dataset = gan_mnist.as_dataset((images, np.arange(10_000) % 10), settings)
+gan_mnist.use_threads_and_memory_well()
 state = gan_mnist.new_state(settings, dataset)
 steps = gan_mnist.compile_training(state, dataset, settings)
 seconds = []

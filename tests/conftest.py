@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "weights"
@@ -106,13 +108,17 @@ def result_of(words, cwd, changes, timeout=240):
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def run_batch(command_lines, scratch, **changes):
-    """Run [(arguments, working directory), ...] in one process; return a Result for each."""
+def run_batch(command_lines, scratch, program=ROOT, **changes):
+    """Run [(arguments, working directory), ...] in one process; return a Result for each.
+
+    `program`: the folder of the gan_mnist.py to run.
+    """
     scratch.mkdir()
     jobs = [([str(word) for word in words], str(folder)) for words, folder in command_lines]
     subprocess.run(
         [sys.executable, "-c", DRIVER, str(scratch)],
-        env=environment(PYTHONPATH=ROOT, **changes),
+        cwd=program,
+        env=environment(PYTHONPATH=program, **changes),
         input=json.dumps(jobs),
         text=True,
         timeout=240,
@@ -237,14 +243,19 @@ def tiny_run(tiny_flags, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain_runs(tiny_flags, tmp_path_factory):
-    """Folders and Results in one process: two equal unconditional runs, one of three seconds."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second", "minutes")]
+    """Folders and Results of runs in one process, by name.
+
+    Two equal unconditional ones, one of three seconds, and tiny_run measured less often.
+    """
+    names = ("first", "second", "minutes", "seldom")
+    folders = [tmp_path_factory.mktemp(name) for name in names]
     plain = (*tiny_flags, "--conditional", "false", "--loss", "hinge", "--epochs", 2)
     endless = (*tiny_flags, "--epochs", 100_000, "--max-minutes", 0.05, "--sample-every", 5)
     bfloat16 = (*plain, "--precision", "bfloat16")
-    jobs = zip((bfloat16, bfloat16, endless), folders, strict=True)
+    seldom = (*tiny_flags, "--evaluate-every", 3)
+    jobs = zip((bfloat16, bfloat16, endless, seldom), folders, strict=True)
     results = run_batch(jobs, tmp_path_factory.mktemp("scratch") / "batch")
-    return dict(zip(("first", "second", "minutes"), zip(folders, results, strict=True)))
+    return dict(zip(names, zip(folders, results, strict=True), strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -254,8 +265,38 @@ def tiny_generator(tiny_run):
 
 
 @pytest.fixture(scope="session")
+def pets(tmp_path_factory):
+    """(folder, Results by name): the program alone in a folder with folders of pictures.
+
+    What is asked of it first, a run on the pictures, and what is asked of that.
+    """
+    folder = tmp_path_factory.mktemp("pets")
+    shutil.copy(ROOT / "gan_mnist.py", folder)
+    images, labels = synthetic_digits(400, seed=9)
+    np.savez(folder / "digits.npz", images=images, labels=labels)
+    for label, name in ((1, "cats"), (8, "dogs")):
+        (folder / "pets" / name).mkdir(parents=True)
+        for number in np.flatnonzero(labels == label):
+            Image.fromarray(images[number]).save(folder / "pets" / name / f"{number}.png")
+    own = ("--dataset", "pets", "--evaluation-images", 100)
+    tiny = ("--latent-dim", 8, "--generator-widths", 16, "--discriminator-widths", 16)
+    jobs = {
+        "early": ["generate"],
+        "train": [*own, *tiny, "--epochs", 2, "--batch-size", 20],
+        "cats": ["generate", "--digits", "cats", "--count", 3, "--output", "cats.npz"],
+        "both": ["generate", "--classes", "dogs,cats", "--count", 2, "--output", "both.npz"],
+        "birds": ["generate", "--classes", "birds"],
+        "evaluate": ["evaluate", *own],
+        "mismatch": ["evaluate", "--dataset", "digits.npz", "--count", 100],
+    }
+    batch = [(words, folder) for words in jobs.values()]
+    results = run_batch(batch, tmp_path_factory.mktemp("scratch") / "batch", program=folder)
+    return folder, dict(zip(jobs, results, strict=True))
+
+
+@pytest.fixture(scope="session")
 def mnist():
-    """The arrays of the real MNIST by name; tests that need it are skipped where it is absent."""
+    """The four arrays of the real MNIST; tests that need it are skipped where it is absent."""
     home = Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
     if not (home / "datasets" / "mnist.npz").exists():
         pytest.skip("needs the real MNIST at $KERAS_HOME/datasets/mnist.npz")
@@ -263,3 +304,27 @@ def mnist():
         arrays = gan_mnist.load_mnist()
     assert arrays is not None, "$KERAS_HOME/datasets/mnist.npz is not MNIST"
     return arrays
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that measure and plot nothing: each epoch gets the next of these (classes, FID)."""
+    given = []
+
+    def quick_metrics(ruler, *outputs):
+        classes, fid = given.pop(0) if given else (10, 5.0)
+        scores = {"inception_score": 2.0, "inception_score_std": 0.1, "class_shares": [0.1] * 10}
+        return scores | {"fid": fid, "classes_covered": classes}
+
+    def save_metrics_plot(path, history, *others):
+        with gan_mnist.replacing(path) as partial:
+            partial.write_text(str([row["fid"] for row in history]))
+
+    nothing = gan_mnist.Ruler("none", None, reads_classes=True, accuracy=1.0)
+    monkeypatch.setattr(gan_mnist, "load_ruler", lambda *_: nothing)
+    monkeypatch.setattr(gan_mnist, "measure", lambda *_: (None, None))
+    monkeypatch.setattr(gan_mnist, "quick_metrics", quick_metrics)
+    monkeypatch.setattr(gan_mnist, "save_metrics_plot", save_metrics_plot)
+    gan_mnist.tf.config.run_functions_eagerly(True)  # for a few steps that is faster
+    yield given
+    gan_mnist.tf.config.run_functions_eagerly(False)

@@ -4,20 +4,18 @@ FUZZ=2000 python -m pytest tests/test_fuzz.py    tries so many inputs of each ki
 """
 
 import contextlib
-import gzip
-import hashlib
 import io
 import json
 import os
-import resource
-import struct
+import shutil
+from types import SimpleNamespace
 
 import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import contents, npz_bytes, synthetic_digits
+from conftest import contents, npz_bytes, small, synthetic_digits
 from PIL import Image
 
 import gan_mnist
@@ -77,12 +75,15 @@ def replaced(tree, path, value):
 
 @contextlib.contextmanager
 def refusing(folder, *errors):
-    """Let these errors pass, if they are one line; what is in the folder must not change."""
+    """Let these errors pass, if one line says why; what is in the folder must not change."""
     before = contents(folder)
     try:
         yield
     except errors as error:
-        assert len(str(error).splitlines()) == 1, error
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            gan_mnist.refuse(error, 2)
+        line = printed.getvalue()
+        assert len(line.splitlines()) == 1 and 0 < len(line) < 500, error
     assert contents(folder) == before
 
 
@@ -90,7 +91,7 @@ def refusing(folder, *errors):
 
 
 @tried
-@hypothesis.given(st.sampled_from(list(gan_mnist.SETTINGS)), st.text())
+@hypothesis.given(st.sampled_from(list(gan_mnist.ALLOWED)), st.text())
 def test_any_text_for_any_setting(name, text):
     arguments = ["--" + name.replace("_", "-"), text]
     with contextlib.suppress(gan_mnist.UsageError):
@@ -112,40 +113,31 @@ def png_bytes():
     return file.getvalue()
 
 
-GIVEN = {  # what a data set can be: the file that is mangled, and what stands beside it
-    "npz": ("data.npz", npz_bytes({"images": IMAGES, "labels": LABELS}), {}),
-    "compressed": ("data.npz", npz_bytes({"images": IMAGES}, np.savez_compressed), {}),
-    "idx": (
-        "train-images-idx3-ubyte",
-        struct.pack(">4i", 0x803, 40, 28, 28) + IMAGES.tobytes(),
-        {"train-labels-idx1-ubyte": struct.pack(">2i", 0x801, 40) + LABELS.tobytes()},
-    ),
-    "idx labels": (
-        "train-labels-idx1-ubyte",
-        struct.pack(">2i", 0x801, 40) + LABELS.tobytes(),
-        {"train-images-idx3-ubyte": struct.pack(">4i", 0x803, 40, 28, 28) + IMAGES.tobytes()},
-    ),
-    "idx.gz": (
-        "train-images-idx3-ubyte.gz",
-        gzip.compress(struct.pack(">4i", 0x803, 40, 28, 28) + IMAGES.tobytes()),
-        {},
-    ),
-    "png": ("0.png", png_bytes(), {"1.png": png_bytes()}),
+def npy_bytes():
+    file = io.BytesIO()
+    np.save(file, IMAGES)
+    return file.getvalue()
+
+
+GIVEN = {  # what a data set can be: the file that is mangled
+    "npz": ("data.npz", npz_bytes({"images": IMAGES, "labels": LABELS})),
+    "compressed": ("data.npz", npz_bytes({"images": IMAGES}, np.savez_compressed)),
+    "npy": ("data.npy", npy_bytes()),
+    "png": ("0.png", png_bytes()),
 }
 
 
 @pytest.mark.parametrize("kind", GIVEN)
 def test_a_mangled_data_set(kind, tmp_path):
-    name, whole, others = GIVEN[kind]
-    for other, data in others.items():
-        (tmp_path / other).write_bytes(data)
+    name, whole = GIVEN[kind]
+    (tmp_path / "1.png").write_bytes(png_bytes())
     path = tmp_path / name
 
     @tried
     @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
         path.write_bytes(mangled(whole, edits))
-        dataset = str(path if name.endswith("npz") else tmp_path)
+        dataset = str(tmp_path if kind == "png" else path)
         with refusing(tmp_path, gan_mnist.UsageError):
             gan_mnist.load_dataset(gan_mnist.Settings(dataset=dataset, batch_size=2))
 
@@ -155,7 +147,7 @@ def test_a_mangled_data_set(kind, tmp_path):
 @pytest.fixture(scope="module")
 def generator_h5(tmp_path_factory):
     path = tmp_path_factory.mktemp("h5") / "generator.h5"
-    gan_mnist.save_keras(gan_mnist.build_generator(gan_mnist.Settings(**SMALL)), path)
+    gan_mnist.save_keras(gan_mnist.build_generator(gan_mnist.Settings(**SMALL)), path, {})
     return path
 
 
@@ -196,44 +188,64 @@ def test_an_h5_whose_description_makes_no_sense(generator_h5, tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(state, facts, folder of the state)."""
+    """A function that gives a run whose state is in a folder, and the folder where it was saved."""
+    state = gan_mnist.new_state(
+        gan_mnist.Settings(**SMALL), gan_mnist.as_dataset((IMAGES, LABELS), small())
+    )
+
+    def run_in(folder):
+        manager = tf.train.CheckpointManager(state, str(folder), 3, checkpoint_name="step")
+        now = {"manager": manager, "started": 0.0, "history": [], "position": 0, "seconds": 0.0}
+        return SimpleNamespace(state=state, identity={"seed": "0"}, **now)
+
     folder = tmp_path_factory.mktemp("saved")
-    wanted = gan_mnist.Settings(**SMALL)
-    dataset = gan_mnist.Dataset(IMAGES[..., np.newaxis], LABELS, "segments")
-    state = gan_mnist.new_state(wanted, dataset)
-    facts = {"settings": gan_mnist.dataclasses.asdict(wanted), "history": []}
-    facts["data"] = gan_mnist.fingerprint(dataset)
-    gan_mnist.save_state(state, folder, facts)
-    return state, facts, next(folder.iterdir())
+    gan_mnist.save_state(run_in(folder))
+    return run_in, folder
 
 
-@pytest.mark.parametrize("name", ["run.json", "SHA256SUMS", "state.index"])
-@pytest.mark.parametrize("sums_fit", [False, True])
-def test_a_mangled_state(name, sums_fit, saved, tmp_path):
-    state, facts, whole = saved
-    folder = tmp_path / whole.name
-    folder.mkdir()
-    for path in whole.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+@pytest.mark.parametrize("name", ["step-0.index", "step-0.data-00000-of-00001", "checkpoint"])
+def test_a_mangled_state(name, saved, tmp_path):
+    run_in, whole = saved
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
 
     @tried
     @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
-        (folder / name).write_bytes(mangled((whole / name).read_bytes(), edits))
-        if sums_fit and name != "SHA256SUMS":
-            (folder / "SHA256SUMS").write_text(gan_mnist._checksums(folder))
+        (tmp_path / name).write_bytes(mangled((whole / name).read_bytes(), edits))
         with refusing(tmp_path, gan_mnist.UsageError, gan_mnist.RunError):
-            gan_mnist.restore_state(state, tmp_path, facts)
+            gan_mnist.restore_state(run_in(tmp_path))
+
+    try_one()
+
+
+# ----- A notebook's arguments
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, float("nan"), 10**7, "many", None])
+def test_a_count_that_cannot_be_drawn_is_refused_in_one_line(count, generator_h5):
+    generator = gan_mnist.load_generator(generator_h5)
+    with pytest.raises(gan_mnist.UsageError, match="count is .* whole number from 1") as refusal:
+        gan_mnist.generate(generator, count)
+    assert "\n" not in str(refusal.value)
+
+
+def test_any_digits(generator_h5):
+    generator = gan_mnist.load_generator(generator_h5)
+
+    @tried
+    @hypothesis.given(st.one_of(st.text(), st.lists(st.one_of(st.integers(), st.text())), ODD))
+    def try_one(digits):
+        try:
+            gan_mnist.classes_to_draw(generator, 1, digits)
+        except gan_mnist.UsageError:
+            return
+        known = {str(number) for number in range(10)}
+        assert digits is None or {str(x) for x in digits} - {","} <= known
 
     try_one()
 
 
 # ----- Attacks
-
-
-def write_h5(path, layers, source):
-    """Copy the generator, its layers being described by these (or by a function of them)."""
-    with_config(source, path, lambda config: config["config"].update(layers=layers))
 
 
 def hostile(class_name, **others):
@@ -253,6 +265,9 @@ def put(**values):
 RUNS = {"module": "os", "class_name": "mkdir", "config": "ran", "registered_name": "mkdir"}
 LAMBDA = {"class_name": "__lambda__", "config": {"value": "4wEAAAAA"}}
 CONFIGS = {  # what is done to a sound generator's description
+    "nothing but a Lambda": lambda x: x.update(class_name="Lambda"),
+    "nothing but a TimeDistributed": lambda x: x.update(class_name="TimeDistributed"),
+    "nothing but a StringLookup": lambda x: x.update(class_name="StringLookup"),
     "a Lambda": lambda x: x["config"].update(layers=hostile("Lambda")),
     "a TFSMLayer": lambda x: x["config"].update(layers=hostile("TFSMLayer")),
     "a class of a module": lambda x: x["config"].update(layers=hostile("Dense", module="os")),
@@ -269,82 +284,18 @@ CONFIGS = {  # what is done to a sound generator's description
     "a type": put(dtype=RUNS),
     "a function": put(activation={"class_name": "function", "config": "mkdir", "module": "os"}),
     "a disguised name": put(activation={"class_name": 'Dense", "x": "', "config": {}}),
-    "too many units": put(units=2 * 10**7),
-    "too many units to count": put(units=10**30),
-    "too deep": put(activation=json.loads("[" * 900 + "]" * 900)),
 }
 
 
 @pytest.mark.parametrize("attack", CONFIGS)
-def test_an_h5_that_would_run_code_or_take_all_memory_is_refused(
-    attack, generator_h5, tmp_path, monkeypatch
-):
+def test_an_h5_that_would_run_code_is_refused(attack, generator_h5, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "evil.h5"
     with_config(generator_h5, path, CONFIGS[attack])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with refusing(tmp_path), pytest.raises(gan_mnist.UsageError) as refusal:
         gan_mnist.load_keras(path)
     assert "\n" not in str(refusal.value)
-    assert "it holds" in str(refusal.value) or attack.startswith("too"), "Keras, not we, refused it"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 200 * 1024  # KB
-
-
-def first_dataset(file):
-    names = []
-    file.visititems(lambda name, part: names.append(name) if hasattr(part, "shape") else None)
-    return names[0]
-
-
-def relinked(link):
-    def change(file):
-        name = first_dataset(file)
-        del file[name]
-        file[name] = link(name)
-
-    return change
-
-
-def claims(**details):
-    def change(file):
-        name = first_dataset(file)
-        del file[name]
-        file.create_dataset(name, **details)
-
-    return change
-
-
-FILES = {
-    "a link to another file": relinked(lambda name: h5py.ExternalLink("other.h5", name)),
-    "a link within": relinked(lambda _: h5py.SoftLink("/model_weights")),
-    "data in another file": claims(shape=(74, 8), dtype="f4", external=[("secret", 0, 10**6)]),
-    "a million million numbers": claims(shape=(10**6, 10**6), dtype="f4", chunks=(10, 10)),
-    "a bomb": claims(data=np.zeros((4000, 4000), "f4"), compression="gzip"),
-}
-
-
-@pytest.mark.parametrize("attack", FILES)
-def test_an_h5_that_reaches_out_or_claims_too_much_is_refused(
-    attack, generator_h5, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.h5").write_bytes(generator_h5.read_bytes())
-    (tmp_path / "secret").write_bytes(bytes(10**4))
-    path = tmp_path / "evil.h5"
-    path.write_bytes(generator_h5.read_bytes())
-    with h5py.File(path, "r+") as file:
-        FILES[attack](file)
-    with refusing(tmp_path), pytest.raises(gan_mnist.UsageError, match="holds"):
-        gan_mnist.load_keras(path)
-
-
-def test_a_layer_that_would_draw_enormous_pictures_is_refused(tmp_path):
-    latent = keras.Input((4,))
-    image = keras.layers.Reshape((28, 28, 1))(keras.layers.Dense(784)(latent))
-    image = keras.layers.UpSampling2D(1000)(image)
-    gan_mnist.save_keras(keras.Model(latent, image), tmp_path / "large.h5")
-    with pytest.raises(gan_mnist.UsageError, match="too many"):
-        gan_mnist.load_keras(tmp_path / "large.h5")
+    assert "it holds" in str(refusal.value), "Keras, not we, refused it"
 
 
 def test_what_other_programs_write_with_plain_keras_is_let_in(tmp_path):
@@ -355,9 +306,3 @@ def test_what_other_programs_write_with_plain_keras_is_let_in(tmp_path):
     loaded = gan_mnist.load_generator(tmp_path / "plain.h5")
     latent = tf.ones((2, 4))
     assert np.array_equal(loaded(latent), model(latent))
-
-
-def test_the_checksums_are_those_of_sha256sum(saved):
-    for line in (saved[2] / "SHA256SUMS").read_text().splitlines():
-        digest, name = line.split("  ")
-        assert hashlib.sha256((saved[2] / name).read_bytes()).hexdigest() == digest

@@ -1,20 +1,23 @@
-"""Metrics: against closed forms and slow, plain references; the ruler: against real MNIST."""
+"""Metrics, functions of arrays: against closed forms and slow, plain references."""
 
 import itertools
 import math
 
-import keras
 import numpy as np
 import pytest
 import scipy.linalg
-import scipy.ndimage
-from conftest import WEIGHTS, synthetic_digits
+import scipy.spatial
 
-import gan_mnist
 from gan_mnist import (
+    class_divergence,
+    density_coverage,
+    feature_statistics,
     frechet_distance,
+    frechet_distance_per_class,
     inception_score,
     kernel_inception_distance,
+    memorisation,
+    nearest,
     precision_recall,
 )
 
@@ -29,6 +32,10 @@ def covariance(size, seed):
     """Return a well-conditioned covariance (size, size)."""
     samples = np.random.default_rng(seed).normal(size=(4 * size, size))
     return samples.T @ samples / len(samples) + np.eye(size)
+
+
+def fid(features, others):
+    return frechet_distance(*feature_statistics(features), *feature_statistics(others))
 
 
 # ----- Fréchet distance
@@ -104,14 +111,15 @@ def test_inception_score_of_a_collapsed_generator_is_one():
     assert inception_score(np.eye(10)[np.zeros(1000, int)])[0] == pytest.approx(1)
 
 
-def test_inception_score_is_the_mean_over_the_splits_of_the_formula(random):
-    probabilities = random.dirichlet(np.full(10, 0.3), size=300).astype(np.float32)
+def test_inception_score_cuts_into_parts_where_the_papers_code_does(random):
+    probabilities = random.dirichlet(np.ones(10) / 3, 1003)
     scores = []
-    for part in probabilities.astype(float).reshape(3, 100, 10):
-        marginal = part.mean(axis=0)
-        scores.append(np.exp(np.mean(np.sum(part * np.log(part / marginal), axis=1))))
-    expected = (np.mean(scores), np.std(scores))
-    assert inception_score(probabilities, splits=3) == pytest.approx(expected, rel=1e-5)
+    for part in range(10):
+        own = probabilities[part * 1003 // 10 : (part + 1) * 1003 // 10]
+        terms = own * (np.log(own) - np.log(own.mean(axis=0, keepdims=True)))
+        scores.append(np.exp(terms.sum(axis=1).mean()))
+    expected = np.mean(scores), np.std(scores)
+    assert inception_score(probabilities) == pytest.approx(expected, rel=1e-9)
 
 
 # ----- Kernel distance, precision and recall
@@ -177,148 +185,95 @@ def test_precision_and_recall_of_repeated_points_with_themselves_are_one(random)
     assert precision_recall(features, features[:120]) == (1, 4 / 7)
 
 
-def test_precision_and_recall_of_sets_far_apart_are_nought(random):
-    real, generated = random.normal(size=(2, 100, 8))
-    assert precision_recall(real, generated + 100) == (0, 0)
+def test_density_and_coverage_count_exactly_as_all_distances_say(random):
+    real, drawn = random.normal(size=(80, 12)), random.normal(size=(640, 12)) + 1
+    radii = np.sort(scipy.spatial.distance.cdist(real, real))[:, 5]  # the nearest is itself
+    within = scipy.spatial.distance.cdist(real, drawn) <= radii[:, np.newaxis]
+    expected = within.sum(axis=0).mean() / 5, within.any(axis=1).mean()
+    assert density_coverage(real, drawn) == pytest.approx(expected, rel=1e-12)
+    assert 0 < expected[1] < 1
 
 
-# ----- The ruler
+def test_density_and_coverage_of_another_draw_are_near_one_and_of_strangers_nought(random):
+    real, same = random.normal(size=(2, 1000, 8))
+    density, coverage = density_coverage(real, same)
+    assert density == pytest.approx(1, abs=0.1) and coverage > 0.9
+    assert density_coverage(real, same + 50) == (0, 0) == precision_recall(real, same + 50)
+    assert density_coverage(real, np.repeat(real[:1], 1000, axis=0))[1] < 0.05
 
 
-@pytest.fixture(scope="module")
-def ruler():
-    """The ruler of MNIST, which needs no MNIST: its statistics are shipped."""
-    with np.load(WEIGHTS / "mnist_inception_1.npz") as shipped:
-        return gan_mnist.RULERS["mnist"](None)._replace(**shipped)
+def test_the_nearest_of_a_set_to_itself_are_its_own(random):
+    features = random.normal(size=(700, 20)) + 1000  # far from nought, where digits are lost
+    indices, distances = nearest(features, features)
+    assert indices.tolist() == list(range(700)) and not distances.any()
 
 
-@pytest.fixture(scope="module")
-def test_images(mnist):
-    return mnist["x_test"][..., np.newaxis]
+@pytest.mark.parametrize("one_image", [False, True])
+def test_a_repeated_sample_gives_finite_numbers(one_image, random):
+    real = random.normal(size=(300, 20))
+    drawn = np.repeat(real[:1] if one_image else np.ones((1, 20)), 300, axis=0)
+    expected = ((real.mean(axis=0) - drawn[0]) ** 2).sum() + np.trace(np.cov(real, rowvar=False))
+    assert fid(drawn, real) == pytest.approx(expected)
+    assert np.isfinite(kernel_inception_distance(real, drawn, 3, 100)).all()
+    assert precision_recall(real, drawn)[1] <= 1 / 300 and density_coverage(real, drawn)[1] <= 0.1
 
 
-def test_the_ruler_reads_real_test_images_at_least_995_in_a_thousand(ruler, test_images, mnist):
-    features, probabilities = gan_mnist.measure(ruler, test_images)
-    assert len(features) == len(probabilities) == 10_000
-    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    assert np.mean(probabilities.argmax(axis=1) == mnist["y_test"]) >= 0.995
+def test_two_images_are_enough_for_every_metric(random):
+    few, real = random.normal(size=(2, 20)), random.normal(size=(50, 20))
+    assert fid(few, real) > 0
+    assert np.isfinite(kernel_inception_distance(few, real)).all()
+    for metric in (precision_recall, density_coverage):
+        assert np.isfinite(metric(few, real, 1)).all()
+        with pytest.raises(ValueError, match="out of bounds"):
+            metric(few, real, 2)
 
 
-def test_the_ruler_has_at_most_300_000_parameters_and_the_weights_10_megabytes(ruler):
-    network = keras.models.load_model(WEIGHTS / f"{ruler.name}.h5", compile=False)
-    assert network.count_params() <= 300_000
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*")) < 10_000_000
+# ----- Classes
 
 
-def test_the_shipped_statistics_are_those_of_the_training_images(ruler, mnist):
-    features, _ = gan_mnist.reference_outputs(ruler, mnist["x_train"][..., np.newaxis])
-    features = features.astype(np.float64)
-    for shipped, ours in (
-        (ruler.mean, features.mean(axis=0)),
-        (ruler.covariance, np.cov(features, rowvar=False)),
-    ):
-        assert shipped.shape == ours.shape and shipped.dtype == np.float64
-        assert np.linalg.norm(shipped - ours) < 1e-3 * np.linalg.norm(ours)
+def test_class_divergence_is_nought_for_equal_shares_and_the_logarithm_for_one_class_of_two():
+    both = np.arange(100_000) % 2
+    assert class_divergence(both[:1000], both) == pytest.approx(0, abs=1e-9)
+    assert class_divergence(np.zeros(1000, int), both) == pytest.approx(np.log(2), rel=1e-4)
+    assert np.isfinite(class_divergence(np.full(10, 7), both))
 
 
-def test_measuring_does_not_depend_on_the_images_beside(ruler):
-    images = synthetic_digits(503)[0][..., np.newaxis]
-    features, probabilities = gan_mnist.measure(ruler, images)
-    for part in (slice(0, 7), slice(500, 503)):
-        few_features, few_probabilities = gan_mnist.measure(ruler, images[part])
-        assert np.allclose(features[part], few_features, atol=1e-4)
-        assert np.allclose(probabilities[part], few_probabilities, atol=1e-4)
+def test_fid_per_class_looks_at_each_class_alone_and_leaves_out_classes_of_one_image(random):
+    ours, theirs = random.normal(size=(91, 5)), random.normal(size=(120, 5))
+    classes, others = np.append(np.arange(90) % 3, 3), np.arange(120) % 5
+    *distances, one_image, none = frechet_distance_per_class(ours, classes, theirs, others)
+    assert one_image is None and none is None
+    for number, distance in enumerate(distances):
+        assert distance == pytest.approx(fid(ours[classes == number], theirs[others == number]))
 
 
-def test_fid_puts_test_images_before_blurred_before_noise(ruler, test_images, random):
-    blurred = scipy.ndimage.gaussian_filter(test_images, (0, 1, 1, 0))
-    noise = random.integers(0, 256, test_images.shape, np.uint8)
-    real, soft, worst = (
-        gan_mnist.quick_metrics(ruler, images) for images in (test_images, blurred, noise)
-    )
-    assert 0 < real["fid"] < soft["fid"] / 3 < worst["fid"] / 9
-    assert real["inception_score"] > soft["inception_score"] > worst["inception_score"] >= 1
-    assert real["inception_score"] > 9.5 and real["classes_covered"] == 10
+# ----- Memorisation
 
 
-def test_a_collapsed_generator_gets_a_large_finite_fid_and_covers_one_class(ruler):
-    image = synthetic_digits(1)[0][..., np.newaxis]
-    metrics = gan_mnist.quick_metrics(ruler, np.repeat(image, 1000, axis=0))
-    assert math.isfinite(metrics["fid"]) and metrics["fid"] > np.trace(ruler.covariance)
-    assert metrics["inception_score"] == pytest.approx(1, abs=1e-3)
-    assert metrics["classes_covered"] == 1
+def test_copies_of_training_images_are_told_from_unseen_ones(random):
+    real, unseen, new = random.normal(size=(3, 2000, 8))
+    assert memorisation(real[:900], unseen, real) < 0.001
+    assert memorisation(new, unseen, real) == pytest.approx(1, abs=0.1)
+    mixed = np.concatenate([real[:800], new[:1200]])
+    assert 0.3 < memorisation(mixed, unseen, real) < 0.95
 
 
-def test_evaluate_images_gives_every_metric_and_praises_real_ones(test_images, monkeypatch):
-    monkeypatch.setattr(gan_mnist, "NEIGHBOUR_IMAGES", 1000)  # takes a tenth of the time
-    metrics = gan_mnist.evaluate_images(test_images[:500], gan_mnist.Settings())
-    assert metrics["inception_score"] > 8.5 and metrics["classes_covered"] == 10
-    assert metrics["fid"] < 20 and abs(metrics["kid"]) < 0.05
-    assert metrics["precision"] > 0.75 and metrics["recall"] > 0.75
-    assert metrics["density"] > 0.8 and metrics["coverage"] > 0.8
-    assert metrics["class_divergence"] < 0.02 and 0.9 < metrics["memorisation"] < 1.1
+def test_memorisation_does_not_depend_on_how_the_unseen_images_are_sorted():
+    real, unseen = np.zeros((10, 1)), np.repeat([[1.0], [3.0]], [5000, 15_000], axis=0)
+    assert memorisation(np.full((10, 1), 3.0), unseen, real) == 1  # the first 5,000 would give 3
 
 
-def test_copies_of_training_images_are_told_from_unseen_ones(mnist, test_images, ruler):
-    real, _ = gan_mnist.reference_outputs(ruler, mnist["x_train"][..., np.newaxis])
-    unseen, _ = gan_mnist.measure(ruler, test_images[:1000])
-    tests = test_images[1000:2000]
-    for features, low, high in (
-        (real[:900], 0, 0.001),
-        (unseen, 0.9, 1.1),
-        (np.concatenate([real[:400], unseen[:600]]), 0.3, 0.95),
-    ):
-        assert low <= gan_mnist.memorisation(ruler, features, real, tests) <= high
-
-
-def test_inception_score_cuts_where_the_papers_code_does(random):
-    probabilities = random.dirichlet(np.ones(10) / 3, 1003)
-    scores = []
-    for part in range(10):
-        own = probabilities[part * 1003 // 10 : (part + 1) * 1003 // 10]
-        terms = own * (np.log(own) - np.log(own.mean(axis=0, keepdims=True)))
-        scores.append(np.exp(terms.sum(axis=1).mean()))
-    expected = np.mean(scores), np.std(scores)
-    assert np.allclose(gan_mnist.inception_score(probabilities), expected, rtol=1e-9)
+# ----- What is given
 
 
 def test_whole_numbers_are_measured_as_numbers():
     one, other = np.array([1], np.uint8), np.array([20], np.uint8)
     nothing = np.zeros((1, 1), np.uint8)
-    assert gan_mnist.frechet_distance(one, nothing, other, nothing) == 361
+    assert frechet_distance(one, nothing, other, nothing) == 361
 
 
-@pytest.mark.parametrize("measure", [gan_mnist.inception_score, gan_mnist.frechet_distance])
-def test_what_is_not_finite_is_refused_by_the_metrics(measure):
-    parts = (
-        ([[np.nan, 0.5]],)
-        if measure is gan_mnist.inception_score
-        else ([0], [[1]], [np.nan], [[1]])
-    )
+def test_what_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="infs or NaNs"):
-        measure(*parts)
-
-
-def test_the_order_of_images_changes_no_metric(test_images, mnist, monkeypatch):
-    monkeypatch.setattr(gan_mnist, "NEIGHBOUR_IMAGES", 1000)  # takes a tenth of the time
-    test_images = test_images[:3000]
-    labels = mnist["y_test"][:3000]
-    settings, by_class = gan_mnist.Settings(), np.argsort(labels, kind="stable")
-    mixed = gan_mnist.evaluate_images(test_images, settings, labels)
-    ordered = gan_mnist.evaluate_images(test_images[by_class], settings, labels[by_class])
-    for name in ("inception_score", "fid", "precision", "recall", "coverage"):
-        assert ordered[name] == pytest.approx(mixed[name], rel=0.05), name
-    few = gan_mnist.evaluate_images(test_images[by_class], settings, count=400)
-    assert few["images"] == 400 and few["classes_covered"] == 10
-
-
-def test_classes_of_a_folder_with_only_some_are_those_that_the_images_show(
-    test_images, mnist, monkeypatch
-):
-    monkeypatch.setattr(gan_mnist, "NEIGHBOUR_IMAGES", 1000)  # takes a tenth of the time
-    labels = mnist["y_test"][: len(test_images)]
-    some = np.isin(labels, (3, 7))
-    numbered = (labels[some] == 7).astype(np.uint8)  # 0 and 1, as the folders 3/ and 7/ give
-    metrics = gan_mnist.evaluate_images(test_images[some], gan_mnist.Settings(), numbered)
-    distances = metrics["fid_per_class"]
-    assert max(distances[3], distances[7]) < 5
+        inception_score([[np.nan, 0.5]])
+    with pytest.raises(ValueError, match="infs or NaNs"):
+        frechet_distance([0], [[1]], [np.nan], [[1]])

@@ -6,14 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import small, synthetic_digits, train_quietly
+from conftest import small, synthetic_digits
 
 import gan_mnist
-
-LOSS_NAMES = (
-    *("non_saturating", "minimax", "least_squares", "hinge", "wasserstein", "relativistic"),
-)
-
 
 def kinds(model):
     return [type(layer).__name__ for layer in model.layers]
@@ -78,19 +73,14 @@ def test_the_discriminator_gives_one_logit_without_a_sigmoid(conditional):
     assert "sigmoid" not in activations(discriminator)
 
 
-def test_both_ways_of_rounding_products_are_the_exact_network_but_for_two_percent(monkeypatch):
+def test_a_network_in_bfloat16_is_the_exact_one_but_for_two_percent():
     exact = gan_mnist.build_discriminator(small(conditional=False))
+    rounding = gan_mnist.build_discriminator(small(conditional=False), dtype="mixed_bfloat16")
+    rounding.set_weights(exact.get_weights())
     images = np.random.default_rng(0).uniform(-1, 1, (50, 28, 28, 1)).astype("float32")
-    expected, close = exact(images).numpy(), 0.02 * np.abs(exact(images)).max()
-    monkeypatch.delenv(gan_mnist.ROUNDING, raising=False)
-    for by_onednn in (False, True):
-        if by_onednn:
-            monkeypatch.setenv(gan_mnist.ROUNDING, "BF16")
-        rounding = gan_mnist.build_discriminator(small(conditional=False), dtype="mixed_bfloat16")
-        assert ("BatchedDense" in kinds(rounding)) == by_onednn
-        rounding.set_weights(exact.get_weights())
-        logits = rounding(images).numpy()
-        assert logits.dtype == np.float32 and np.abs(logits - expected).max() < close
+    expected, logits = exact(images).numpy(), rounding(images).numpy()
+    assert logits.dtype == np.float32 and not np.array_equal(logits, expected)
+    assert np.abs(logits - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_the_networks_are_made_of_the_layers_and_widths_asked_for():
@@ -133,8 +123,8 @@ def test_equal_images_have_finite_gradients():
     discriminator = gan_mnist.build_discriminator(settings)
     images = tf.fill((8, 28, 28, 1), 0.5)
     with tf.GradientTape() as tape:
-        logits, slope = gan_mnist.logits_and_slope(discriminator, [], images)
-        loss = tf.reduce_mean(logits) + gan_mnist.gradient_penalty(1.0, slope)
+        logits, slope = gan_mnist.logits_and_slope(discriminator, images, None)
+        loss = tf.reduce_mean(logits) + gan_mnist.gradient_penalty(slope)
     gradients = tape.gradient(loss, discriminator.trainable_variables)
     assert all(np.isfinite(gradient).all() for gradient in [slope, *gradients])
 
@@ -171,38 +161,38 @@ BY_HAND = {  # name: the discriminator's and the generator's loss, from logits
 }
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_a_loss_has_the_values_of_its_paper(name):
     real, fake = np.meshgrid(np.linspace(-6, 6, 13), np.linspace(-5, 5, 11))
-    logits = [tf.constant(x.reshape(-1, 1), tf.float32) for x in (real, fake)]
-    for ours, by_hand in zip(gan_mnist.LOSSES[name], BY_HAND[name], strict=True):
-        expected = by_hand(real, fake).reshape(-1, 1)
-        values = np.broadcast_to(ours(*logits), expected.shape)
-        assert np.allclose(values, expected, rtol=1e-5, atol=1e-6)
+    losses = gan_mnist.LOSSES[name](*(tf.constant(x.reshape(-1, 1)) for x in (real, fake)))
+    for loss, by_hand in zip(losses, BY_HAND[name], strict=True):
+        assert np.allclose(loss, by_hand(real, fake).reshape(-1, 1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSS_NAMES)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_a_loss_of_huge_logits_is_finite(name):
     huge = tf.constant([[-1e4], [1e4]])
-    for function in gan_mnist.LOSSES[name]:
-        assert np.isfinite(function(huge, -huge)).all()
+    assert np.isfinite(gan_mnist.LOSSES[name](huge, -huge)).all()
 
 
 # ----- The training step
 
 
+@pytest.mark.parametrize("penalise", [True, False], ids=["penalised", "plain"])
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"loss": name, "r1": 0.5, "r2": 0.25} for name in LOSS_NAMES),
+        *({"loss": name} for name in BY_HAND),
         {"loss": "wasserstein", "r1": 0.0, "r2": 0.0, "gradient_penalty": 10.0},
-        {"loss": "non_saturating", "r1": 0.5, "r2": 0.25, "architecture": "conv"},
+        {"loss": "hinge", "r1": 0.0, "r2": 0.0, "minibatch_std": False},
+        {"loss": "minimax", "architecture": "conv"},
+        {"loss": "least_squares", "conditional": False},
     ],
     ids=lambda changes: "-".join(str(value) for value in changes.values()),
 )
-def test_a_step_follows_the_plain_gradients_of_both_losses(changes, conditional):
-    """One step of plain gradient descent moves both networks by what two tapes say."""
-    settings = small(conditional=conditional, shift=0, minibatch_std=False, **changes)
+def test_a_step_follows_the_plain_gradients_of_both_losses(changes, penalise):
+    """One step of plain gradient descent moves both networks by what separate passes say."""
+    settings = small(**{"shift": 0, "r1": 0.5, "r2": 0.25, "penalty_every": 4} | changes)
     keras.utils.set_random_seed(0)
     state = SimpleNamespace(
         generator=gan_mnist.build_generator(settings),
@@ -214,26 +204,29 @@ def test_a_step_follows_the_plain_gradients_of_both_losses(changes, conditional)
     both = (state.generator, state.discriminator)
     before = [[x.numpy() for x in network.trainable_variables] for network in both]
     real = tf.constant(synthetic_digits(30)[0][..., np.newaxis] / 127.5 - 1, tf.float32)
-    condition = [tf.range(30) % 10] if conditional else []
-
-    random = tf.random.Generator.from_seed(0)  # as the step draws
-    latent, share = random.normal((30, 8)), random.uniform((30, 1, 1, 1))
-    expected = plain_gradients(state, settings, real, latent, share, condition)
-    gan_mnist.train_step(state, settings, real, condition)
-
+    classes = tf.range(30) % 10 if settings.conditional else None
+    expected = plain_gradients(state, settings, real, classes, penalise)
+    gan_mnist.train_step(state, settings, real, classes, penalise)
     for network, old, gradients in zip(both, before, expected, strict=True):
         for variable, was, gradient in zip(
             network.trainable_variables, old, gradients, strict=True
         ):
-            assert np.allclose(was - variable.numpy(), gradient, rtol=1e-3, atol=1e-5)
+            close = 1e-4 * np.abs(gradient).max() + 1e-6
+            assert np.allclose(was - variable.numpy(), gradient, rtol=1e-3, atol=close)
 
 
-def plain_gradients(state, settings, real, latent, share, condition):
-    """Return both networks' gradients by separate tapes, from the definitions."""
-    for_discriminator, for_generator = gan_mnist.LOSSES[settings.loss]
+def plain_gradients(state, settings, real, classes, penalise):
+    """Return both networks' gradients from the definitions, a pass for each term."""
+    random = tf.random.Generator.from_seed(0)  # as the step draws
+    latent, share = random.normal((30, 8)), random.uniform((30, 1, 1, 1))
+    moving = [x.numpy() for x in state.generator.non_trainable_variables]
 
     def judge(images):
-        return state.discriminator([images, *condition] if condition else images, training=True)
+        return state.discriminator([images, classes] if classes is not None else images)
+
+    def losses(images):
+        both = gan_mnist.LOSSES[settings.loss](judge(real), judge(images))
+        return [tf.reduce_mean(loss) for loss in both]
 
     def norms(images):
         with tf.GradientTape() as tape:
@@ -241,39 +234,20 @@ def plain_gradients(state, settings, real, latent, share, condition):
             logits = judge(images)
         return tf.norm(tf.reshape(tape.gradient(logits, images), (30, -1)), axis=1)
 
-    def penalty(images):
-        return tf.reduce_mean(norms(images) ** 2) / 2
-
-    moving = [x.numpy() for x in state.generator.non_trainable_variables]
-    with tf.GradientTape(persistent=True) as tape:
-        fake = state.generator([latent, *condition] if condition else latent, training=True)
-        generator_loss = tf.reduce_mean(for_generator(judge(real), judge(fake)))
-        fixed = tf.stop_gradient(fake)
-        discriminator_loss = tf.reduce_mean(for_discriminator(judge(real), judge(fixed)))
-        discriminator_loss += settings.r1 * penalty(real) + settings.r2 * penalty(fixed)
-        slopes = norms(share * real + (1 - share) * fixed)
-        discriminator_loss += settings.gradient_penalty * tf.reduce_mean((slopes - 1) ** 2)
+    with tf.GradientTape() as tape:
+        inputs = latent if classes is None else [latent, classes]
+        fake = state.generator(inputs, training=True)
+        generator_loss = losses(fake)[1]
+    for_generator = tape.gradient(generator_loss, state.generator.trainable_variables)
     for variable, was in zip(state.generator.non_trainable_variables, moving, strict=True):
-        variable.assign(was)
-    return (
-        tape.gradient(generator_loss, state.generator.trainable_variables),
-        tape.gradient(discriminator_loss, state.discriminator.trainable_variables),
-    )
-
-
-def test_the_average_is_near_the_generator_after_a_hundred_steps(tmp_path):
-    images = synthetic_digits(2000)[0]  # a plain array, as from a notebook
-    flags = {"batch_size": 20, "seed": 3}
-    averaged = train_quietly(tmp_path / "averaged", images, ema_decay=0.9999, **flags)
-    last = train_quietly(tmp_path / "last", images, ema_decay=0.0, **flags)  # the generator itself
-    keras.utils.set_random_seed(3)
-    first = gan_mnist.build_generator(small(conditional=False))
-    for moving in (True, False):  # batch normalisation's statistics, and what is trained
-        average, end, start = (
-            np.concatenate(
-                [w.numpy().ravel() for w in model.weights if ("moving" in w.path) is moving]
-            )
-            for model in (averaged, last, first)
-        )
-        assert np.linalg.norm(average - end) < 0.5 * np.linalg.norm(start - end)
-        assert not np.array_equal(average, end)
+        variable.assign(was)  # batch normalisation's statistics
+    fake = tf.constant(fake.numpy())
+    with tf.GradientTape() as tape:
+        objective = losses(fake)[0]
+        if penalise:
+            penalty = settings.r1 / 2 * tf.reduce_mean(norms(real) ** 2)
+            penalty += settings.r2 / 2 * tf.reduce_mean(norms(fake) ** 2)
+            between = norms(share * real + (1 - share) * fake)
+            penalty += settings.gradient_penalty * tf.reduce_mean((between - 1) ** 2)
+            objective += 4 * penalty
+    return for_generator, tape.gradient(objective, state.discriminator.trainable_variables)

@@ -1,209 +1,309 @@
-"""The networks that measure: the papers' graph, one trained on the data, and what is kept."""
+"""The networks that measure: the shipped one, Keras' for ImageNet, one trained on the data."""
 
 import contextlib
-import csv
-import functools
-import http.server
 import io
-import tarfile
-import threading
+import math
+import socket
+from types import SimpleNamespace
 
-import inception_2015
+import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from conftest import WEIGHTS, files_in, run, run_code, synthetic_digits
+import scipy.ndimage
+from conftest import WEIGHTS, files_in, small, synthetic_digits
 
 import gan_mnist
 
-ARCHIVE = "inception-2015-12-05.tgz"
+DIGITS = tuple("0123456789")
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A Keras home of the test's own; returns the folder that the program keeps things in."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path / "home" / "gan_mnist"
 
 
 @pytest.fixture(scope="module")
-def graph():
-    """The graph of 2015 in narrow, with its names, shapes and operations."""
-    return inception_2015.build_graph(width=0.03)
+def pictures():
+    """300 images uint8 (300, 20, 20, 3) of three colours; a fourth class has one picture.
+
+    That one is among the tenth that the network is tested on.
+    """
+    random = np.random.default_rng(0)
+    labels = np.arange(300, dtype=np.uint8) % 3
+    images = random.integers(0, 120, (300, 20, 20, 3), dtype=np.uint8)
+    images[np.arange(300), :, :, labels] += 100
+    labels[np.random.default_rng(0).permutation(300)[0]] = 3
+    return gan_mnist.Dataset(images, labels, "colours", None, ("red", "green", "blue", "one"))
 
 
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """A function that makes bytes what the only mirror answers with."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/{ARCHIVE}"
-    monkeypatch.setattr(gan_mnist, "IMAGENET_MIRRORS", (url,))
-    yield (folder / ARCHIVE).write_bytes
-    server.shutdown()
+def few(dataset, count):
+    return dataset._replace(images=dataset.images[:count], labels=dataset.labels[:count])
+
+
+# ----- The shipped network, on the real MNIST
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """300 images uint8 (300, 20, 24, 3) of three colours, and their classes."""
-    random = np.random.default_rng(0)
-    labels = np.arange(300, dtype=np.uint8) % 3
-    images = random.integers(0, 120, (300, 20, 24, 3), dtype=np.uint8)
-    images[np.arange(300), :, :, labels] += 100
-    return images, labels
+def ruler(mnist):
+    """The shipped ruler with the shipped statistics."""
+    images, labels = mnist[0][:500, ..., np.newaxis], mnist[1][:500]
+    dataset = gan_mnist.Dataset(images, labels, "mnist", None, DIGITS)
+    return gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
 
 
-# ----- The papers' graph
+@pytest.fixture(scope="module")
+def test_images(mnist):
+    return mnist[2][..., np.newaxis]
 
 
-def test_imagenet_is_downloaded_once_and_measures_as_the_papers_code_does(home, serve, graph):
-    serve(inception_2015.archive_of(graph))
-    images = synthetic_digits(30)[0][..., np.newaxis]
-    dataset = gan_mnist.Dataset(images, None, "digits")
-    ruler = gan_mnist.load_ruler(gan_mnist.Settings(inception="imagenet"), dataset)
-    features, probabilities = gan_mnist.measure(ruler, images)
-    assert features.shape == (30, 2048) and probabilities.shape == (30, 1008)
-    assert ruler.name == "imagenet_inception_2015" and ruler.covariance.shape == (2048, 2048)
-
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:  # one picture at a time
-        tf.graph_util.import_graph_def(graph, name="")
-        for image, ours in zip(images[:3], features, strict=False):
-            bytes_of = {"ExpandDims:0": image.repeat(3, axis=-1)[np.newaxis].astype(float)}
-            theirs = session.run("pool_3:0", bytes_of).ravel()
-            assert np.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-            assert theirs.std() > 1e-3
-    weights = {node.name: node for node in graph.node}["softmax/weights"]
-    logits = features @ tf.make_ndarray(
-        weights.attr["value"].tensor
-    )  # no bias, as in the score's code
-    expected = np.exp(logits - logits.max(axis=1, keepdims=True))
-    assert np.allclose(probabilities, expected / expected.sum(axis=1, keepdims=True), atol=1e-6)
-
-    serve(b"nothing any more")
-    again = gan_mnist.load_ruler(gan_mnist.Settings(inception="imagenet"), dataset)
-    assert np.array_equal(again.mean, ruler.mean)
-    assert len(files_in(home)) == 2  # the archive and the features of the images
+@pytest.fixture(scope="module")
+def test_outputs(ruler, test_images):
+    return gan_mnist.measure(ruler, test_images)
 
 
-def test_imagenet_gives_an_image_the_same_features_in_any_batch_and_company(home, serve, graph):
-    serve(inception_2015.archive_of(graph))
-    ruler = gan_mnist.RULERS["imagenet"](None)
-    images = np.random.default_rng(0).integers(0, 256, (31, 40, 30, 3), np.uint8)
-    features, probabilities = gan_mnist.measure(ruler, images)
-    for batch in (1, 7):
-        few = gan_mnist.measure(ruler._replace(batch=batch), images[20:27])
-        assert np.allclose(few[0], features[20:27], rtol=1e-4, atol=1e-5)
-        assert np.allclose(few[1], probabilities[20:27], atol=1e-6)
+@pytest.fixture(scope="module")
+def real_features(ruler, mnist):
+    return gan_mnist.real_outputs(ruler, mnist[0][..., np.newaxis])[0].astype(np.float64)
 
 
-def with_changes(graph, **changes):
-    changed = tf.compat.v1.GraphDef()
-    changed.CopyFrom(graph)
-    nodes = {node.name: node for node in changed.node}
-    for name, change in changes.items():
-        change(nodes[name], changed)
-    return inception_2015.archive_of(changed)
-
-
-def a_link():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        header = tarfile.TarInfo(inception_2015.MEMBER)
-        header.type, header.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(header)
-    return file.getvalue()
-
-
-def write_a_file(_, graph):
-    graph.node.add(name="attack", op="WriteFile", input=["DecodeJpeg/contents"] * 2)
-
-
-def a_function(_, graph):
-    graph.library.function.add().signature.name = "attack"
-
-
-def fewer_outputs(node, _):
-    node.attr["value"].tensor.tensor_shape.dim[1].size = 1000
-
-
-BAD_ARCHIVES = {
-    "a page": lambda graph: b"<html>Please log in</html>",
-    "cut off": lambda graph: inception_2015.archive_of(graph)[:-3000],
-    "no graph": lambda graph: inception_2015.archive_of(graph, name="../" + inception_2015.MEMBER),
-    "nonsense": lambda graph: inception_2015.archive_of(b"\xff" * 1000),
-    "a link": lambda graph: a_link(),
-    "another net": lambda graph: with_changes(graph, **{"softmax/weights": fewer_outputs}),
-    "an attack": lambda graph: with_changes(graph, Cast=write_a_file),
-    "a function": lambda graph: with_changes(graph, Cast=a_function),
-    "a bomb": lambda graph: inception_2015.archive_of(bytes(30_000_000)),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ARCHIVES)
-def test_an_archive_that_is_not_the_graph_is_refused_and_not_kept(
-    name, home, serve, graph, monkeypatch
+def test_the_shipped_ruler_reads_995_of_1000_test_images_and_has_its_name(
+    ruler, test_outputs, mnist
 ):
-    monkeypatch.setattr(gan_mnist, "LARGEST_GRAPH", 20_000_000)
-    serve(BAD_ARCHIVES[name](graph))
-    with pytest.raises(gan_mnist.RunError, match="nor to be had"):
-        gan_mnist.RULERS["imagenet"](None)
-    assert files_in(home) == []
+    probabilities = test_outputs[1]
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert np.mean(probabilities.argmax(axis=1) == mnist[3]) >= 0.995
+    assert ruler.name == "mnist_inception_2" and ruler.reads_classes
 
 
-def test_a_damaged_archive_is_said_in_one_line_and_downloaded_again(home, serve, graph, capsys):
-    good = inception_2015.archive_of(graph)
-    serve(good)
-    home.mkdir(parents=True)
-    (home / ARCHIVE).write_bytes(good[: len(good) // 2])
-    gan_mnist.RULERS["imagenet"](None)
-    assert (home / ARCHIVE).read_bytes() == good
-    assert "not as published" in capsys.readouterr().out.splitlines()[0]
+def test_the_shipped_files_are_small_and_the_network_has_its_branches():
+    path = WEIGHTS / f"{gan_mnist.INCEPTION_NAME}.h5"
+    network = keras.models.load_model(path, compile=False)
+    assert network.count_params() <= 300_000
+    kernels = {x.kernel_size for x in network.layers if isinstance(x, keras.layers.Conv2D)}
+    assert kernels >= {(1, 1), (3, 3), (5, 5)}
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*")) < 10_000_000
 
 
-def test_a_run_under_imagenet_leaves_out_the_classes(graph, tmp_path):
-    kept = tmp_path / "home" / "gan_mnist" / ARCHIVE
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(inception_2015.archive_of(graph))
-    np.savez(tmp_path / "few.npz", images=synthetic_digits(120)[0])
-    flags = ("--dataset", "few.npz", "--inception", "imagenet", "--batch-size", 20)
-    sizes = ("--evaluation-images", 100, "--epochs", 1, "--generator-widths", 16)
-    environment = {"KERAS_HOME": tmp_path / "home", "OPENBLAS_NUM_THREADS": 1}
-    result = run(*flags, *sizes, cwd=tmp_path, **environment)
-    assert result.status == 0 and "Traceback" not in result.err, result
-    assert result.out.split("classes\n")[1].split("\n")[0].endswith(" -")
-    with open(tmp_path / "samples" / "metrics.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["classes_covered"] == "" and float(row["fid"]) > 0
-    assert row["inception"] == "imagenet_inception_2015"
+def test_the_shipped_statistics_are_those_of_the_training_images(ruler, real_features):
+    for shipped, ours in (
+        (ruler.mean, real_features.mean(axis=0)),
+        (ruler.covariance, np.cov(real_features, rowvar=False)),
+    ):
+        assert shipped.shape == ours.shape and shipped.dtype == np.float64
+        assert np.linalg.norm(shipped - ours) < 1e-3 * np.linalg.norm(ours)
 
 
-def test_a_network_of_other_classes_leaves_them_out_of_evaluate(home, digits_npz, monkeypatch):
-    strange = gan_mnist.RULERS["mnist"](None)._replace(name="strange", reads_classes=False)
-    monkeypatch.setitem(gan_mnist.RULERS, "imagenet", lambda _: strange)
-    settings = gan_mnist.Settings(dataset=str(digits_npz), inception="imagenet")
-    images, labels = synthetic_digits(200, seed=3)
-    metrics = gan_mnist.evaluate_images(images, settings)
-    assert [name for name, value in metrics.items() if value is None] == [
-        *("classes_covered", "class_shares", "class_divergence", "fid_per_class", "memorisation")
-    ]
-    asked = gan_mnist.evaluate_images(images, settings, labels)
-    assert len(asked["fid_per_class"]) == 10 and asked["fid"] == metrics["fid"]
+def test_measuring_does_not_depend_on_the_images_beside(ruler, test_images, test_outputs):
+    for part in (slice(0, 7), slice(500, 503)):
+        for some, all_of_them in zip(
+            gan_mnist.measure(ruler, test_images[part]), test_outputs, strict=True
+        ):
+            assert np.allclose(some, all_of_them[part], atol=1e-4)
+
+
+def test_fid_puts_test_images_before_blurred_before_noise(ruler, test_images, test_outputs):
+    some = test_images[:1500]
+    blurred = scipy.ndimage.gaussian_filter(some, (0, 1, 1, 0))
+    noise = np.random.default_rng(0).integers(0, 256, some.shape, np.uint8)
+    outputs = [test_outputs, gan_mnist.measure(ruler, blurred), gan_mnist.measure(ruler, noise)]
+    real, soft, worst = (gan_mnist.quick_metrics(ruler, *output) for output in outputs)
+    assert 0 < real["fid"] < soft["fid"] / 3 < worst["fid"] / 9
+    assert real["inception_score"] > soft["inception_score"] > worst["inception_score"] >= 1
+    assert real["inception_score"] > 9.5 and real["classes_covered"] == 10
+
+
+def test_a_collapsed_generator_gets_a_large_finite_fid_and_covers_one_class(ruler, test_outputs):
+    one = [np.repeat(output[:1], 1000, axis=0) for output in test_outputs]
+    metrics = gan_mnist.quick_metrics(ruler, *one)
+    assert math.isfinite(metrics["fid"]) and metrics["fid"] > np.trace(ruler.covariance)
+    assert metrics["inception_score"] == pytest.approx(1, abs=1e-3)
+    assert metrics["classes_covered"] == 1
+
+
+def test_a_class_is_covered_by_a_tenth_of_an_even_share(ruler):
+    features = np.random.default_rng(0).normal(size=(1000, len(ruler.mean)))
+    for stray, covered in ((9, 9), (10, 10)):
+        classes = np.append(np.arange(1000 - stray) % 9, np.full(stray, 9))
+        assert (
+            gan_mnist.quick_metrics(ruler, features, np.eye(10)[classes])["classes_covered"]
+            == covered
+        )
+
+
+@pytest.fixture
+def part_of_mnist(mnist, monkeypatch):
+    """3,000 training and 1,000 test images: to measure against all takes half a minute."""
+    monkeypatch.setattr(gan_mnist, "NEIGHBOUR_IMAGES", 1000)
+    images, unseen = mnist[0][:3000, ..., np.newaxis], mnist[2][500:1500, ..., np.newaxis]
+    return gan_mnist.Dataset(images, mnist[1][:3000], "mnist", unseen, DIGITS)
+
+
+def evaluate(images, dataset, classes=None):
+    return gan_mnist.evaluate_images(images, gan_mnist.Settings(), classes, dataset)
+
+
+def test_evaluate_images_gives_every_metric_and_praises_real_ones(part_of_mnist, test_images):
+    metrics = evaluate(test_images[:500], part_of_mnist)
+    assert metrics["inception_score"] > 8.5 and metrics["classes_covered"] == 10
+    assert metrics["fid"] < 20 and abs(metrics["kid"]) < 0.05
+    assert metrics["precision"] > 0.75 and metrics["recall"] > 0.75
+    assert metrics["density"] > 0.8 and metrics["coverage"] > 0.7
+    assert metrics["class_divergence"] < 0.05 and 0.85 < metrics["memorisation"] < 1.15
+    assert len(metrics["fid_per_class"]) == 10 and len(metrics["nearest"]) == 20
+    assert metrics["inception"] == gan_mnist.INCEPTION_NAME and metrics["dataset"] == "mnist"
+
+
+def test_the_nearest_training_image_to_a_training_image_is_itself(part_of_mnist):
+    chosen = np.arange(500, 3000, 40)
+    metrics = evaluate(part_of_mnist.images[chosen], part_of_mnist)
+    assert metrics["nearest"] == chosen[:20].tolist() and metrics["memorisation"] < 0.01
+
+
+def test_the_order_of_images_changes_no_metric(part_of_mnist, test_images, mnist):
+    images, labels = test_images[:2000], mnist[3][:2000]
+    by_class = np.argsort(labels, kind="stable")
+    mixed = evaluate(images, part_of_mnist, labels)
+    ordered = evaluate(images[by_class], part_of_mnist, labels[by_class])
+    assert ordered["fid_per_class"] == pytest.approx(mixed["fid_per_class"], rel=1e-3)
+    for name in ("inception_score", "fid", "precision", "recall", "coverage"):
+        assert ordered[name] == pytest.approx(mixed[name], rel=0.05), name
+
+
+# ----- What is measured: the data's own mix of classes
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that gets the latent points and classes of each drawing."""
+    calls, draw = [], gan_mnist.draw
+
+    def note(generator, latent, classes):
+        calls.append((latent, classes))
+        return draw(generator, latent, classes)
+
+    monkeypatch.setattr(gan_mnist, "draw", note)
+    return calls
+
+
+def test_classes_are_measured_by_the_datas_shares_to_one_image(drawn):
+    generator = gan_mnist.build_generator(small(), (8, 8, 1), 3)
+    labels = np.repeat(np.arange(3, dtype=np.uint8), [700, 25, 275])
+    np.random.default_rng(0).shuffle(labels)
+    data = gan_mnist.Dataset(None, labels)
+    for count in (1000, 137):
+        images, classes = gan_mnist.draw_like(generator, data, count, seed=0)
+        assert len(images) == count and np.array_equal(drawn[-1][1], classes)
+        shares = np.bincount(classes, minlength=3) - count * np.array([0.7, 0.025, 0.275])
+        assert np.abs(shares).max() <= 1
+    again, _ = gan_mnist.draw_like(generator, data, count, seed=0)
+    assert np.array_equal(again, images)
+    assert len(set(classes[:30])) > 1  # mixed, as the score's parts need
+
+
+def test_a_run_and_evaluate_measure_the_datas_mix_and_other_images_but_generate_is_even(
+    drawn, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    images, _ = synthetic_digits(100)
+    np.savez("mine.npz", images=images, labels=np.arange(100) // 90)  # 90 : 10
+    settings = small(dataset="mine.npz", inception="mnist", batch_size=50, evaluation_images=100)
+    gan_mnist.train(epochs=1, settings=settings)
+    measured = [call for call in drawn if len(call[1]) == 100]
+    flags = ["evaluate", "--dataset", "mine.npz", "--inception", "mnist", "--count", "100"]
+    drawn.clear()
+    assert gan_mnist.main(flags) == 0
+    measured += drawn
+    assert [np.bincount(classes).tolist() for _, classes in measured] == [[90, 10]] * 2
+    # Not on the very points that the best generator was chosen by:
+    assert not set(measured[0][0][:, 0]) & set(measured[1][0][:, 0])
+    drawn.clear()
+    assert gan_mnist.main(["generate", "--count", "100", "--output", "x.npz"]) == 0
+    assert np.bincount(drawn[0][1]).tolist() == [50, 50]
+
+
+@pytest.mark.parametrize(
+    ("reads", "covered", "step", "collapsed"),
+    [
+        (True, 4, 1000, True),
+        (True, 5, 1000, False),
+        (False, 1, 1000, False),  # a reader of digits finds few of them in photos
+        (True, 1, 40, False),  # the averaged generator says little yet
+    ],
+)
+def test_classes_are_lost_only_where_they_can_be_read_and_after_some_steps(
+    reads, covered, step, collapsed
+):
+    row = {"step": step, "fid": 9.0, "inception": "x", "images": 100}
+    row |= {"classes_covered": covered, "class_shares": [0.1] * 10}
+    run = SimpleNamespace(ruler=SimpleNamespace(reads_classes=reads), history=[])
+    assert gan_mnist.is_collapsed(row, run) is collapsed
+
+
+# ----- Keras' Inception for ImageNet
+
+
+def stand_in(**options):
+    """Stand in for keras.applications.InceptionV3, whose weights are 96 MB to download."""
+    assert socket.getdefaulttimeout() == gan_mnist.STALL_SECONDS and not options
+    image = keras.Input((75, 75, 3))
+    features = keras.layers.GlobalAveragePooling2D(name="avg_pool")(image)
+    return keras.Model(image, keras.layers.Dense(1000, activation="softmax")(features))
+
+
+@pytest.fixture
+def imagenet(home, monkeypatch):
+    monkeypatch.setattr(keras.applications, "InceptionV3", stand_in)
+    return gan_mnist.Settings(inception="imagenet")
+
+
+def test_imagenets_network_gets_images_as_keras_prepares_them(imagenet):
+    images = np.zeros((3, 30, 30, 1), np.uint8)
+    images[1], images[2, :, :15] = 255, 255
+    ruler = gan_mnist.load_ruler(imagenet, gan_mnist.Dataset(images, None, "mine"))
+    features, probabilities = gan_mnist.measure(ruler, images)
+    prepared = keras.applications.inception_v3.preprocess_input(images.astype(np.float32))
+    expected = prepared.mean(axis=(1, 2)).repeat(3, axis=1)
+    assert np.allclose(features, expected, atol=0.02) and probabilities.shape == (3, 1000)
+    assert ruler.name == "imagenet_keras_inception_v3" and ruler.covariance.shape == (3, 3)
+
+
+def test_imagenets_network_reads_no_classes_of_mnist(imagenet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = synthetic_digits(100)
+    data = gan_mnist.as_dataset(gan_mnist.Dataset(images, labels, "mnist"), imagenet)
+    metrics = gan_mnist.evaluate_images(images, imagenet, labels, data)
+    assert metrics["fid"] < 1e-6
+    assert not {"class_divergence", "fid_per_class"} & metrics.keys()
+    settings = small(inception="imagenet", batch_size=50, evaluation_images=100)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gan_mnist.train(data, 1, settings)
+    assert (tmp_path / "samples" / "metrics.png").exists()
+    line = (tmp_path / "samples" / "metrics.csv").read_text().splitlines()[1]
+    assert line.endswith(",,mnist,imagenet_keras_inception_v3")  # no classes covered
+
+
+def test_imagenets_network_offline_costs_one_line(imagenet, monkeypatch):
+    def offline():
+        raise RuntimeError("URL fetch failure on https://server/inception_v3.h5")
+
+    monkeypatch.setattr(keras.applications, "InceptionV3", offline)
+    images = synthetic_digits(20)[0][..., np.newaxis]
+    with pytest.raises(gan_mnist.RunError, match="cannot download .* https://server"):
+        gan_mnist.load_ruler(imagenet, gan_mnist.Dataset(images))
 
 
 @pytest.mark.slow
-def test_the_full_size_network_measures_in_batches(home):
-    home.mkdir(parents=True)
-    (home / ARCHIVE).write_bytes(inception_2015.archive_of(inception_2015.build_graph()))
-    ruler = gan_mnist.RULERS["imagenet"](None)
-    images = np.random.default_rng(0).integers(0, 256, (50, 28, 28, 1), np.uint8)
+def test_keras_own_network_measures(home, monkeypatch):
+    whole = keras.applications.InceptionV3(weights=None)
+    monkeypatch.setattr(keras.applications, "InceptionV3", lambda: whole)
+    images = synthetic_digits(20)[0][..., np.newaxis]
+    settings = gan_mnist.Settings(inception="imagenet")
+    ruler = gan_mnist.load_ruler(settings, gan_mnist.Dataset(images))
     features, probabilities = gan_mnist.measure(ruler, images)
-    alone, _ = gan_mnist.measure(ruler._replace(batch=1), images[:2])
-    assert np.allclose(features[:2], alone, rtol=1e-3, atol=1e-4)
-    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-4)
+    assert features.shape == (20, 2048) and probabilities.shape == (20, 1000)
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-4) and features.std() > 0
 
 
 # ----- A network trained on the data
@@ -215,135 +315,189 @@ def trained(pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERAS_HOME", str(folder))
-        patch.setattr(gan_mnist, "INCEPTION_IMAGES", 3000)
-        dataset = gan_mnist.Dataset(*pictures, "colours")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            ruler = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
+            ruler = gan_mnist.load_ruler(gan_mnist.Settings(), pictures)
     return folder, ruler, printed.getvalue()
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Train no network: the plain one, of the given accuracy. A list gets a word for each."""
+    asked = []
+
+    def train(training, test, epochs=20):
+        asked.append(len(training[0]))
+        classes = 1 + int(training[1].max())
+        return gan_mnist.build_inception(training[0].shape[1:], classes), 0.55
+
+    monkeypatch.setattr(gan_mnist, "train_inception", train)
+    return asked
 
 
 def test_data_with_classes_get_a_network_of_their_own(trained, pictures):
     _, ruler, printed = trained
-    features, probabilities = gan_mnist.measure(ruler, pictures[0])
-    assert probabilities.shape == (300, 3)
-    assert np.mean(probabilities.argmax(axis=1) == pictures[1]) > 0.9
-    assert "colours" in printed and "right of 30 images" in printed
-    mean, covariance = gan_mnist.feature_statistics(features)
-    assert np.allclose(ruler.mean, mean) and np.allclose(ruler.covariance, covariance)
-    metrics = gan_mnist.quick_metrics(ruler, pictures[0])
+    features, probabilities = gan_mnist.measure(ruler, pictures.images)
+    assert ruler.reads_classes
+    assert np.mean(probabilities.argmax(axis=1) == pictures.labels) > 0.9
+    assert "colours" in printed and "minutes" in printed and "30 images" in printed
+    metrics = gan_mnist.quick_metrics(ruler, features, probabilities)
     assert metrics["fid"] < 1e-6 and metrics["classes_covered"] == 3
-    assert len(metrics["class_shares"]) == 3 and metrics["inception_score"] > 2
+    assert metrics["inception_score"] > 2
 
 
-def test_the_trained_network_is_kept_for_the_same_data_alone(trained, pictures, monkeypatch):
+def test_a_class_that_only_the_unseen_tenth_has_is_learnt_as_well(trained):
+    assert trained[1].network.output_shape[1] == (None, 4)
+
+
+def test_the_trained_network_is_kept_for_the_same_data_alone(
+    trained, untrained, pictures, monkeypatch
+):
     folder, ruler, _ = trained
     monkeypatch.setenv("KERAS_HOME", str(folder))
-    monkeypatch.setattr(gan_mnist, "train_inception", None)  # would fail if it were called
-    dataset = gan_mnist.Dataset(*pictures, "the same under another name")
-    again = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    assert again.name == ruler.name and np.array_equal(again.mean, ruler.mean)
-    other = dataset._replace(labels=(pictures[1] + 1) % 3)
-    with pytest.raises(TypeError):
-        gan_mnist.load_ruler(gan_mnist.Settings(), other)
-
-
-def test_damaged_files_are_said_in_a_line_each_and_made_anew(
-    trained, pictures, monkeypatch, tmp_path, capsys
-):
-    folder, ruler, _ = trained
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    (tmp_path / "gan_mnist").mkdir()
-    for path in (folder / "gan_mnist").iterdir():
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 16  # a bit
-        (tmp_path / "gan_mnist" / path.name).write_bytes(content)
-    network = gan_mnist.build_inception(pictures[0].shape[1:], 3)
-    monkeypatch.setattr(gan_mnist, "train_inception", lambda *_: network)
-    dataset = gan_mnist.Dataset(*pictures, "colours")
-    fresh = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    assert fresh.name != ruler.name  # other weights, other name
-    assert capsys.readouterr().out.count("is damaged") == 1
-    monkeypatch.setattr(gan_mnist, "train_inception", None)
-    again = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    assert again.name == fresh.name and capsys.readouterr().out == ""
-    features = (
-        tmp_path
-        / "gan_mnist"
-        / next(n for n in files_in(tmp_path / "gan_mnist") if fresh.name in n)
+    renamed = pictures._replace(name="the same under another name")
+    again = gan_mnist.load_ruler(gan_mnist.Settings(), renamed)
+    assert untrained == [] and again.name == ruler.name and again.accuracy == ruler.accuracy
+    gan_mnist.load_ruler(
+        gan_mnist.Settings(), pictures._replace(labels=np.roll(pictures.labels, 1))
     )
-    features.write_bytes(features.read_bytes()[:-100])
-    once_more = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-    assert np.array_equal(once_more.covariance, fresh.covariance)
-    assert capsys.readouterr().out.count("is damaged") == 1
+    assert untrained == [270]
 
 
-def test_a_home_that_cannot_be_written_costs_a_line_not_the_run(
-    pictures, monkeypatch, tmp_path, capsys
+def test_an_edited_network_is_trained_anew_and_the_kept_one_is_named(
+    home, untrained, pictures, monkeypatch, capsys
 ):
-    (tmp_path / "gan_mnist").write_text("in the way")
-    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    ruler = gan_mnist.RULERS["mnist"](None)
-    features, probabilities = gan_mnist.reference_outputs(ruler, pictures[0][:5])
-    assert features.shape == (5, 160) and probabilities.shape == (5, 10)
-    assert "cannot be kept" in capsys.readouterr().out
+    data, block = few(pictures, 40), gan_mnist.inception_block
+    for edited in (False, True, True):
+        if edited:
+            wider = lambda hidden, one, *others: block(hidden, one + 8, *others)
+            monkeypatch.setattr(gan_mnist, "inception_block", wider)
+        gan_mnist.load_ruler(gan_mnist.Settings(), data)
+    assert untrained == [36, 36]
+    kept = {str(home / name) for name in files_in(home) if name.endswith(".h5")}
+    printed = capsys.readouterr().out
+    assert len(kept) == 2 and all(path in printed for path in kept)
+    assert "delete it to train another" in printed
 
 
-def test_images_without_classes_are_measured_by_the_shipped_network_and_told_so(
-    pictures, home, capsys
+def test_what_a_network_measures_that_reads_too_little_is_marked(
+    home, untrained, pictures, tmp_path, monkeypatch, capsys
 ):
-    for labels in (None, np.zeros(300, np.uint8)):
-        dataset = gan_mnist.Dataset(pictures[0], labels, "holiday")
-        ruler = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
-        assert ruler.name == "mnist_inception_1" and ruler.mean.shape == (160,)
-        (line,) = capsys.readouterr().out.splitlines()
-        assert "holiday" in line and "MNIST" in line
+    monkeypatch.chdir(tmp_path)
+    np.savez("mine.npz", images=pictures.images[:60], labels=pictures.labels[:60])
+    settings = small(dataset="mine.npz", batch_size=20, evaluation_images=100)
+    gan_mnist.train(epochs=1, settings=settings)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if " 1/1 " in line]
+    assert "?" in row
+    flags = ["evaluate", "--dataset", "mine.npz", "--count", "50"]
+    assert gan_mnist.main(flags) == 0
+    assert "reads only 55% of unseen images" in capsys.readouterr().out
+    assert gan_mnist.main([*flags, "--inception", "mnist"]) == 0
+    assert "reads only" not in capsys.readouterr().out
 
 
-def test_any_data_can_be_measured_by_the_network_that_reads_mnist(pictures, home, capsys):
-    dataset = gan_mnist.Dataset(*pictures, "colours")
-    ruler = gan_mnist.load_ruler(gan_mnist.Settings(inception="mnist"), dataset)
-    assert ruler.name == "mnist_inception_1" and capsys.readouterr().out == ""
-
-
-def test_data_called_mnist_that_is_not_does_not_get_its_statistics(home):
-    images = synthetic_digits(50)[0][..., np.newaxis]
-    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), gan_mnist.Dataset(images, None, "mnist"))
-    with np.load(WEIGHTS / "mnist_inception_1.npz") as shipped:
-        assert not np.allclose(ruler.mean, shipped["mean"], atol=0.1)
-
-
-@pytest.mark.parametrize("shape", [(8, 8, 1), (16, 16, 3), (28, 28, 1), (64, 64, 3), (33, 50, 3)])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (64, 64, 3), (100, 100, 3)])
 def test_the_network_fits_images_of_any_shape(shape):
     network = gan_mnist.build_inception(shape, 7)
     features, probabilities = network(np.zeros((2, *shape), np.float32))
-    assert features.shape == (2, 160) and probabilities.shape == (2, 7)
+    assert features.shape[0] == 2 and probabilities.shape == (2, 7)
+    # As coarse as MNIST's before the blocks, so that it takes as long.
+    assert network.layers[2].output.shape[1] <= 28
 
 
-def test_the_rulers_numbers_are_not_rounded_where_training_is(tmp_path):
-    np.save(tmp_path / "images.npy", synthetic_digits(200)[0][..., np.newaxis])
-    code = """
-import sys, numpy as np, gan_mnist
-ruler = gan_mnist._shipped_ruler(None)
-np.save(sys.argv[1], gan_mnist.measure(ruler, np.load("images.npy"))[0])
-"""
-    for name, changes in {"exact": {}, "rounding": {gan_mnist.ROUNDING: "BF16"}}.items():
-        assert run_code(code, name, cwd=tmp_path, **changes).status == 0
-    exact, rounding = (np.load(tmp_path / f"{name}.npy") for name in ("exact", "rounding"))
-    assert abs(rounding - exact).max() < 1e-5 * abs(exact).max()
+# ----- Which network measures what
 
 
-def test_other_weights_have_another_name(home):
+def test_images_without_classes_are_measured_by_the_shipped_network(home, pictures):
+    for labels, names in ((None, ()), (np.zeros(20, np.uint8), ("0",))):
+        data = gan_mnist.Dataset(pictures.images[:20], labels, "holiday", None, names)
+        ruler = gan_mnist.load_ruler(gan_mnist.Settings(), data)
+        assert ruler.name == gan_mnist.INCEPTION_NAME and not ruler.reads_classes
+        mean, _ = gan_mnist.feature_statistics(gan_mnist.measure(ruler, data.images)[0])
+        assert np.allclose(ruler.mean, mean)
+
+
+def test_other_weights_have_another_name(home, monkeypatch, pictures):
     network = gan_mnist.load_keras(gan_mnist.SHIPPED_INCEPTION)
-    assert gan_mnist._ruler_of(network).name == "mnist_inception_1"
     weights = network.get_weights()
     weights[0] = weights[0] + 1e-3
     network.set_weights(weights)
-    assert gan_mnist._ruler_of(network).name.startswith("inception_")
+    monkeypatch.setattr(gan_mnist, "load_keras", lambda _: network)
+    data = gan_mnist.Dataset(pictures.images[:20])
+    assert gan_mnist.load_ruler(gan_mnist.Settings(), data).name.startswith("inception_")
 
 
-def test_a_class_that_only_the_unseen_tenth_has_is_learnt_as_well(capsys):
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (20, 8, 8, 1), np.uint8)
-    labels = np.arange(20, dtype=np.uint8) % 2
-    network = gan_mnist.train_inception((images, labels), (images[:1], labels[:1] + 2), epochs=1)
-    assert network.output_shape[1] == (None, 3)
+def test_without_weights_the_network_is_trained_on_mnist_and_named_so(
+    home, untrained, monkeypatch, capsys
+):
+    images, labels = synthetic_digits(100)
+    monkeypatch.setattr(gan_mnist, "SHIPPED_INCEPTION", home / "missing.h5")
+    monkeypatch.setattr(gan_mnist, "load_mnist", lambda: [images, labels, images, labels])
+    data = gan_mnist.load_dataset(gan_mnist.Settings())
+    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), data)
+    assert untrained == [90] and ruler.name.startswith("inception_") and ruler.reads_classes
+    printed = capsys.readouterr().out
+    assert "missing.h5 is missing" in printed and "minutes" in printed
+    assert np.allclose(ruler.mean, gan_mnist.measure(ruler, data.images)[0].mean(axis=0), atol=1e-5)
+    monkeypatch.setattr(gan_mnist, "load_mnist", lambda: None)
+    with pytest.raises(gan_mnist.RunError, match=r"missing\.h5.*MNIST"):
+        gan_mnist.load_ruler(gan_mnist.Settings(), data)
+
+
+# ----- What is kept in the Keras home
+
+
+def test_damaged_arrays_are_made_anew_with_a_line(home, capsys):
+    numbers = np.arange(100_000)
+    made = []
+
+    def make():
+        made.append(1)
+        return [numbers]
+
+    for damage in (None, None, -100):
+        if damage:
+            path = home / "numbers.npz"
+            path.write_bytes(path.read_bytes()[:damage])
+        assert np.array_equal(gan_mnist.cached_arrays("numbers", make)[0], numbers)
+    assert len(made) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "numbers.npz" in line and "made again" in line
+
+
+def test_a_home_that_cannot_be_written_costs_a_line_not_the_run(home, untrained, pictures, capsys):
+    home.parent.mkdir()
+    home.write_text("in the way")
+    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), few(pictures, 40))
+    assert ruler.mean.shape == (len(ruler.covariance),)
+    assert "cannot be kept" in capsys.readouterr().out
+
+
+def test_a_damaged_network_is_named_in_one_line_or_made_anew(home, untrained, pictures, capsys):
+    data = few(pictures, 40)
+    gan_mnist.load_ruler(gan_mnist.Settings(), data)
+    (path,) = home.glob("*.h5")
+    path.write_bytes(path.read_bytes()[:5000])
+    try:
+        gan_mnist.load_ruler(gan_mnist.Settings(), data)
+    except gan_mnist.UsageError as error:
+        assert str(path) in str(error)
+    else:
+        assert untrained == [36, 36] and str(path) in capsys.readouterr().out
+
+
+def test_the_inception_command_writes_the_network_and_its_statistics(
+    home, untrained, monkeypatch, tmp_path, capsys
+):
+    arrays = [*synthetic_digits(100), *synthetic_digits(20)]
+    monkeypatch.setattr(gan_mnist, "load_mnist", lambda: arrays)
+    monkeypatch.setattr(gan_mnist, "SHIPPED_INCEPTION", tmp_path / "new.h5")
+    assert gan_mnist.main(["inception"]) == 0
+    network = gan_mnist.load_keras(tmp_path / "new.h5")
+    features = network.predict(arrays[0][..., None] / 127.5 - 1, verbose=0)[0]
+    with np.load(tmp_path / "new.npz") as statistics:
+        assert np.allclose(statistics["mean"], features.mean(axis=0), atol=1e-5)
+        assert statistics["covariance"].shape == 2 * statistics["mean"].shape
+    assert "inception_" in capsys.readouterr().out
+    monkeypatch.setattr(gan_mnist, "load_mnist", lambda: None)
+    assert gan_mnist.main(["inception"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +22,17 @@ from conftest import (
     files_in,
     rows,
     run,
+    run_code,
+    small,
     synthetic_digits,
     untimed,
 )
 from PIL import Image
 
 import gan_mnist
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def interrupt_in_second_epoch(flags, folder):
@@ -54,8 +59,6 @@ def test_an_interrupted_run_resumes_to_the_bytes_of_one_never_stopped(
 ):
     status, screen, err = interrupt_in_second_epoch(tiny_flags, tmp_path)
     assert (status, err) == (130, ""), screen
-    bar = screen[screen.index("/300") :]
-    assert "images/s" in bar and "loss" in bar
     done = rows(tmp_path)
     assert [row["epoch"] for row in done] == ["1"]
     line = shlex.split(screen.splitlines()[-1])
@@ -65,11 +68,9 @@ def test_an_interrupted_run_resumes_to_the_bytes_of_one_never_stopped(
     assert (resumed.status, resumed.err) == (0, "")
     assert rows(tmp_path)[: len(done)] == done
     assert untimed(tmp_path) == untimed(tiny_run[0])
-    for name in ("latest", "best", "model_epoch_004"):
-        path = f"checkpoints/generator_{name}.h5"
-        assert_same_weights(tmp_path / path, tiny_run[0] / path)
-    grid = "samples/image_at_epoch_0004.png"
-    assert (tmp_path / grid).read_bytes() == (tiny_run[0] / grid).read_bytes()
+    names = [f"checkpoints/generator_{name}.h5" for name in ("latest", "best", "model_epoch_004")]
+    for name in (*names, "samples/image_at_epoch_0004.png"):
+        assert (tmp_path / name).read_bytes() == (tiny_run[0] / name).read_bytes(), name
     assert Image.open(tmp_path / "samples" / "training.gif").n_frames == 4
 
 
@@ -91,83 +92,139 @@ def test_a_run_of_so_many_minutes_ends_with_everything_saved(plain_runs):
     assert {"generator_latest.h5", "generator_best.h5", "state"} <= set(made)
 
 
-@pytest.mark.parametrize("stopped_epoch", [1, 2])
-def test_ctrl_c_in_the_last_call_of_an_epoch_loses_no_row(tmp_path, monkeypatch, stopped_epoch):
-    images = synthetic_digits(200)[0]
+def start(flags, folder):
+    """Start the program in the folder."""
+    folder.mkdir()
+    return subprocess.Popen(command(*flags), cwd=folder, env=environment(), **PIPES)
 
-    def train(name, **changes):
-        folders = {"samples_dir": str(tmp_path / name), "checkpoints_dir": str(tmp_path / name)}
-        small = {"generator_widths": (8,), "discriminator_widths": (8,), "evaluation_images": 100}
-        settings = gan_mnist.Settings(epochs=2, batch_size=20, **small, **folders)
-        gan_mnist.train(images, settings=settings, **changes)
 
-    def losses(name):
-        with open(tmp_path / name / "metrics.csv", newline="") as file:
-            return [(row["step"], row["discriminator_loss"]) for row in csv.DictReader(file)]
+def test_signals_end_a_run_at_any_stage_with_their_status_and_no_traceback(tiny_flags, tmp_path):
+    endless = (*tiny_flags, "--epochs", 100000)
+    once, twice, early = (start(endless, tmp_path / name) for name in ("once", "twice", "early"))
+    early.stdout.readline()  # Loading TensorFlow ...
+    time.sleep(0.5)
+    early.send_signal(signal.SIGTERM)
+    for process in (once, twice):
+        while not re.match(r" *1/100000 ", process.stdout.readline()):
+            assert process.poll() is None
+    once.send_signal(signal.SIGHUP)
+    twice.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    twice.send_signal(signal.SIGINT)
+    results = [process.communicate(timeout=60) for process in (early, once, twice)]
+    assert [err for _, err in results] == ["", "", ""]
+    assert [process.returncode for process in (early, once, twice)] == [143, 129, 130]
+    assert "--resume" in results[1][0] and "--resume" not in results[0][0]
+    assert files_in(tmp_path / "early") == []
+    assert "samples/training.gif" in files_in(tmp_path / "once")
+    assert not [name for name in files_in(tmp_path) if ".partial" in name]
 
-    train("whole")
-    compile_training, calls = gan_mnist.compile_training, []
 
-    def stopping(*arguments):  # ten steps an epoch: one call
-        steps = compile_training(*arguments)
+# ----- Without a network that measures
 
+
+def train(folder, **changes):
+    """Train two epochs of ten steps on synthetic digits."""
+    folders = {"samples_dir": folder / "samples", "checkpoints_dir": folder / "made"}
+    options = {"resume": changes.pop("resume", False)}
+    common = {"epochs": 2, "batch_size": 20, "evaluation_images": 100, "seed": 1}
+    gan_mnist.train(synthetic_digits(200), settings=small(**common | folders | changes), **options)
+
+
+def table(folder):
+    """Return metrics.csv but for times."""
+    with open(folder / "samples" / "metrics.csv", newline="") as file:
+        timed = ("seconds", "images_per_second")
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+
+def with_steps(monkeypatch, wrap):
+    """Let wrap(steps) stand for the compiled training."""
+    compile_training = gan_mnist.compile_training
+    monkeypatch.setattr(gan_mnist, "compile_training", lambda *args: wrap(compile_training(*args)))
+
+
+@pytest.mark.parametrize(("kind", "stopped_epoch"), zip(SIGNALS, (1, 2, 1), strict=True))
+def test_a_signal_in_the_last_call_of_an_epoch_loses_no_row_and_is_the_sessions_own_again(
+    kind, stopped_epoch, quick, tmp_path, monkeypatch, capsys
+):
+    train(tmp_path / "whole")
+    calls, before = [], [signal.getsignal(each) for each in SIGNALS]
+
+    def stopping(steps):  # ten steps an epoch: one call
         def call(*epoch):
             steps(*epoch)
             calls.append(epoch)
             if len(calls) == stopped_epoch:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), kind)
 
         return call
 
-    monkeypatch.setattr(gan_mnist, "compile_training", stopping)
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
-        train("stopped")
-    train("stopped", resume=True)
-    assert len(losses("whole")) == 2
-    assert losses("stopped") == losses("whole")
+    with_steps(monkeypatch, stopping)
+    with pytest.raises(gan_mnist.Stopped) as stopped:
+        train(tmp_path / "stopped")
+    *_, last_line = capsys.readouterr().out.splitlines()
+    assert "train(..., resume=True)" in last_line and "gan_mnist.py" not in last_line
+    assert stopped.value.args[0] == kind and isinstance(stopped.value, KeyboardInterrupt)
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    train(tmp_path / "stopped", resume=True)
+    assert table(tmp_path / "stopped") == table(tmp_path / "whole")
 
 
-def test_a_run_that_the_clock_ended_within_an_epoch_goes_on_to_that_epochs_own_numbers(
-    tmp_path, monkeypatch
-):
-    images = synthetic_digits(2200)[0]  # 110 steps: two calls
+@pytest.mark.parametrize("where", ["measure", "write_epoch"])
+def test_no_epoch_is_begun_when_the_minutes_are_over(where, quick, tmp_path, monkeypatch):
+    clock = [0.0]
 
-    def train(name, **changes):
-        folders = {"samples_dir": str(tmp_path / name), "checkpoints_dir": str(tmp_path / name)}
-        small = {"generator_widths": (8,), "discriminator_widths": (8,), "evaluation_images": 100}
-        settings = gan_mnist.Settings(epochs=1, batch_size=20, decay_from=1.0, **small, **folders)
-        gan_mnist.train(images, settings=settings, **changes)
-        with open(tmp_path / name / "metrics.csv", newline="") as file:
-            (row,) = csv.DictReader(file)
-        return row
+    def slow(function, seconds):
+        def slowed(*arguments):
+            clock[0] += seconds
+            return function(*arguments)
 
-    whole = train("whole")
-    with monkeypatch.context() as patch:  # a clock that strikes in the first call
-        patch.setattr(gan_mnist.Run, "progress", lambda run: float(run.step() > 0))
-        cut = train("cut")
-    assert int(cut["step"]) < int(whole["step"]) == 110
-    resumed = train("cut", resume=True)
-    for name in ("step", "discriminator_loss", "generator_loss", "fid"):
-        assert resumed[name] == whole[name], name
-    assert float(resumed["seconds"]) > float(cut["seconds"])
+        return slowed
+
+    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gan_mnist, where, slow(getattr(gan_mnist, where), 50))
+    with_steps(monkeypatch, lambda steps: slow(steps, 15))
+    train(tmp_path, max_minutes=1.0, epochs=5)  # over before the second epoch is
+    assert [row["step"] for row in table(tmp_path)] == ["10"]
+    assert table(tmp_path)[-1]["fid"] == "5.0"
 
 
-@pytest.mark.parametrize("seconds", [1.5, 3.0, 4.5])
-def test_ctrl_c_ends_a_command_at_once_wherever_it_is(seconds, digits_npz, tmp_path):
+def test_the_row_that_the_minutes_ended_is_measured(quick, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def slow(steps):
+        def slowed(*arguments):
+            clock[0] += 15
+            steps(*arguments)
+
+        return slowed
+
+    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gan_mnist, "STEPS_PER_CALL", 4)
+    with_steps(monkeypatch, slow)
+    train(tmp_path, max_minutes=1.0, epochs=50, evaluate_every=20, sample_every=20)
+    assert [row["step"] for row in table(tmp_path)] == ["10", "14"]
+    assert [row["fid"] for row in table(tmp_path)] == ["", "5.0"]
+    assert (tmp_path / "samples" / "image_at_epoch_0002.png").exists()
+
+
+# ----- Commands
+
+
+def test_ctrl_c_ends_a_command_at_once_wherever_it_is(digits_npz, tmp_path):
     flags = ("evaluate", "--inception", "mnist", "--dataset", digits_npz, "--count", 200_000)
-    process = subprocess.Popen(
-        command(*flags),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(seconds)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (130, "\nInterrupted.\n", "")
+    loading, measuring = (start(flags, tmp_path / name) for name in ("loading", "measuring"))
+    loading.stdout.readline()
+    time.sleep(0.5)
+    while not measuring.stderr.readline().startswith("Measuring"):
+        assert measuring.poll() is None
+    time.sleep(0.5)
+    for process, first_line in ((loading, ""), (measuring, "Loading TensorFlow ...\n")):
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+        assert (process.returncode, out, err) == (130, f"{first_line}\nInterrupted.\n", "")
 
 
 def test_ctrl_c_amid_writing_leaves_nothing_half_written(tmp_path):
@@ -180,21 +237,12 @@ with gan_mnist.replacing("file.png") as file, gan_mnist.replacing("folder") as f
         path.write_text("half")
     signal.raise_signal(signal.SIGINT)
 """
-    environ = environment() | {"PYTHONPATH": str(Path(gan_mnist.__file__).parent)}
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "\nInterrupted.\n", "")
-    assert list(tmp_path.iterdir()) == []
+    assert run_code(code, cwd=tmp_path) == (130, "\nInterrupted.\n", "")
+    assert files_in(tmp_path) == []
 
 
 def test_a_storm_of_signals_breaks_nothing(tmp_path):
-    # Without a stack of their own they break the heap within seconds; see the end of gan_mnist.py.
+    # Without a stack of their own they may break the heap: see signal_stack.py.
     code = f"""
 import runpy, signal, sys
 signal.signal(signal.SIGALRM, lambda *_: None)

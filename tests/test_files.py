@@ -1,0 +1,118 @@
+"""Files from strangers: an .h5 is looked at whole before Keras builds anything from it."""
+
+import json
+import math
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import small
+
+import gan_mnist
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The path of a conditional generator as the program saves it."""
+    path = tmp_path_factory.mktemp("good") / "generator.h5"
+    generator = gan_mnist.build_generator(small(), (8, 8, 1), 3)
+    gan_mnist.save_keras(generator, path, {"class_names": ("ants", "bees", "cats")})
+    return path
+
+
+@pytest.fixture
+def described(good, tmp_path):
+    """A function that writes the generator with a changed description; it returns the path."""
+
+    def write(change):
+        path = tmp_path / "changed.h5"
+        path.write_bytes(good.read_bytes())
+        with h5py.File(path, "r+") as file:
+            config = json.loads(file.attrs["model_config"])
+            changed = change(config)
+            file.attrs["model_config"] = json.dumps(config if changed is None else changed)
+        return path
+
+    return write
+
+
+def test_what_the_program_saves_it_loads_and_so_does_plain_keras(good):
+    loaded = gan_mnist.load_generator(good)
+    plain = keras.models.load_model(good)
+    assert loaded.class_names == ("ants", "bees", "cats")
+    inputs = [np.ones((3, 8), np.float32), np.arange(3)]
+    assert np.array_equal(loaded(inputs), plain(inputs))
+
+
+def named(*keys):
+    """Change the value at these keys of a description to what builds something else."""
+
+    def change(name):
+        def put(config):
+            for key in keys[:-1]:
+                config = config[key]
+            config[keys[-1]] = name
+
+        return put
+
+    return change
+
+
+DENSE = ("config", "layers", 4)  # latent, class, its encoding, both joined, dense
+PLACES = {
+    "the model": named("class_name"),
+    "the model's module": named("module"),
+    "a layer": named(*DENSE, "class_name"),
+    "a layer's registered name": named(*DENSE, "registered_name"),
+    "an initializer": named(*DENSE, "config", "kernel_initializer", "class_name"),
+    "a policy of numbers": named(*DENSE, "config", "dtype", "class_name"),
+    "an argument": named(*DENSE, "inbound_nodes", 0, "args", 0, "class_name"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["Lambda", "TimeDistributed", "StringLookup", "__lambda__"])
+def test_a_class_that_is_not_on_the_list_is_named_and_never_reaches_keras(
+    place, name, described, monkeypatch
+):
+    path = described(PLACES[place](name))
+    monkeypatch.setattr(keras.models, "load_model", None)  # calling it would be a TypeError
+    with pytest.raises(gan_mnist.UsageError, match=f"changed.h5: it holds .*{name}") as refusal:
+        gan_mnist.load_keras(path)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def wrapped(config):
+    """A layer with code as its activation."""
+    dense = config["config"]["layers"][4]["config"]
+    dense["activation"] = {"class_name": "function", "config": "os.getcwd", "module": "os"}
+
+
+@pytest.mark.parametrize(
+    "change", [wrapped, lambda _: "Functional", lambda _: 7, lambda _: [], lambda _: {"config": 1}]
+)
+def test_a_description_of_another_kind_is_rejected_in_one_line(change, described):
+    path = described(change)
+    with pytest.raises(gan_mnist.UsageError) as refusal:
+        gan_mnist.load_keras(path)
+    assert str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 784, 1), (14, 56, 1), (56, 14, 1), (4, 4, 2), (784,)])
+def test_what_draws_no_square_pictures_is_no_generator(shape, tmp_path):
+    latent = keras.Input((8,))
+    hidden = keras.layers.Dense(math.prod(shape))(latent)
+    keras.Model(latent, keras.layers.Reshape(shape)(hidden)).save(tmp_path / "other.h5")
+    with pytest.raises(gan_mnist.UsageError, match=r"other\.h5 is not a generator.*square"):
+        gan_mnist.load_generator(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize("name", ["latent", "class"])
+def test_inputs_that_are_text_are_rejected_when_loading_not_when_drawing(name, described):
+    def text(config):
+        (layer,) = [x for x in config["config"]["layers"] if x["config"]["name"] == name]
+        layer["config"]["dtype"] = "string"
+
+    with pytest.raises(gan_mnist.UsageError, match=r"changed\.h5"):
+        gan_mnist.load_generator(described(text))
