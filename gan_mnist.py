@@ -335,7 +335,8 @@ def remove(path):
 
 
 if __name__ == "__main__":
-    # Where a stream is closed, print needs something else to write to.
+    # A closed stream gets something else to write to, under the number that it had.
+    sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     with contextlib.suppress(AttributeError):  # a notebook's has no such method
@@ -383,9 +384,9 @@ WEIGHTS = PROGRAM.resolve().parent / "weights"
 # What an .h5 may be made of: none of these runs code from the file.
 HARMLESS = set(
     """
-    Functional Sequential InputLayer Dense Reshape Flatten Concatenate Activation BatchNormalization LeakyReLU
-    ReLU Dropout CategoryEncoding Embedding Conv2D Conv2DTranspose UpSampling2D Cropping2D
-    MaxPooling2D AveragePooling2D GlobalAveragePooling2D DTypePolicy Zeros Ones Constant
+    Functional Sequential InputLayer Dense Reshape Flatten Concatenate Activation Dropout Embedding
+    BatchNormalization LeakyReLU ReLU CategoryEncoding Conv2D Conv2DTranspose UpSampling2D
+    Cropping2D MaxPooling2D AveragePooling2D GlobalAveragePooling2D DTypePolicy Zeros Ones Constant
     RandomNormal GlorotUniform GlorotNormal HeNormal __keras_tensor__ None keras keras.layers
     keras.initializers keras.src.models.functional keras.src.models.sequential
     """.split()
@@ -459,8 +460,9 @@ def save_keras(model, path, about):
 
 def read_about(path):
     """Return the dict that save_keras wrote about a model, {} where there is none."""
-    with h5py.File(path) as file:
-        return json.loads(file.attrs.get("about", "{}"))
+    with h5py.File(path) as file, contextlib.suppress(KeyError, TypeError, ValueError):
+        return dict(json.loads(file.attrs["about"]))
+    return {}
 
 
 def load_keras(path):
@@ -806,7 +808,7 @@ def build_discriminator(settings, image_shape=(28, 28, 1), classes=10, dtype="fl
 
 
 def class_input(classes):
-    label = keras.Input((), dtype="int32", name="class")
+    label = keras.Input((), dtype="int32", name="label")
     return label, keras.layers.CategoryEncoding(classes, output_mode="one_hot")(label)
 
 
@@ -1186,14 +1188,18 @@ def save_grid(path, images, columns, title, row_names=()):
     page = ImageOps.expand(grid, (left, top, 0, 0), "white")
 
     def write(x, y, text):
-        text = text.encode("ascii", "replace").decode()  # the font has few other characters
-        ImageDraw.Draw(page).text((x, y), text, "black", font, anchor="mm")
+        ImageDraw.Draw(page).text((x, y), printable(text), "black", font, anchor="mm")
 
     write(page.width / 2, top / 2, title)
     for number, name in enumerate(row_names):
         write(left / 2, top + (number + 0.5) * grid.height / len(row_names), name)
     with replacing(path) as partial:
         page.save(partial)
+
+
+def printable(text):
+    """Return the text with ? for what the pictures' fonts may lack."""
+    return text.encode("ascii", "replace").decode()
 
 
 def save_pictures(folder, images, labels=None):
@@ -1216,7 +1222,7 @@ def save_animation(path, pictures, frames_per_second):
 def save_metrics_plot(path, history, title, class_names):
     """Write metrics.png: losses, Inception score, FID and class shares against epochs."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     panels = {
         "Losses, mean over the epoch": "discriminator_loss generator_loss",
         "Inception score: higher is better": "inception_score",
@@ -1234,7 +1240,7 @@ def save_metrics_plot(path, history, title, class_names):
     losses.legend(["discriminator", "generator"])
     distance.set_yscale("log")
     if len(shares.lines) == len(class_names) <= 20:  # more names would hide the curves
-        shares.legend(class_names, ncols=2, fontsize="small")
+        shares.legend(list(map(printable, class_names)), ncols=2, fontsize="small")
     with replacing(path) as partial:
         figure.savefig(partial)
 
@@ -1262,15 +1268,18 @@ def load_generator(path=None):
     numeric = {x.dtype for x in model.inputs} <= {"float32", "int32", "int64"}
     match inputs, outputs:
         case [[_, _]] | [[_, _], [_]], [[_, height, width, 1 | 3]] if numeric and height == width:
-            model.class_names = tuple(read_about(path).get("class_names", ()))
+            names = read_about(path).get("class_names")
+            model.class_names = tuple(map(str, names)) if isinstance(names, list) else ()
             return model
     raise UsageError(f"{path} is not a generator: latent (and class) in, square images out")
 
 
 def default_generator(settings):
     """Return the path of the last run's best generator, else of the shipped one."""
-    best = settings.checkpoints_dir / "generator_best.h5"
-    return best if best.exists() else SHIPPED_GENERATOR
+    for path in (settings.checkpoints_dir / "generator_best.h5", SHIPPED_GENERATOR):
+        if path.exists():
+            return path
+    raise UsageError(f"there is no generator yet: python {PROGRAM.name} trains one")
 
 
 def load_dataset(settings):
@@ -1314,10 +1323,11 @@ def frechet_distance(mean_1, covariance_1, mean_2, covariance_2):
     nuclear norm of C1^(1/2) C2^(1/2): real whatever the ranks. Raises ValueError where an
     argument is not finite.
     """
+    given = mean_1, covariance_1, mean_2, covariance_2
+    mean_1, covariance_1, mean_2, covariance_2 = [np.asarray_chkfinite(x, float) for x in given]
     cross = np.linalg.norm(symmetric_root(covariance_1) @ symmetric_root(covariance_2), "nuc")
-    distance = np.sum(np.subtract(mean_1, mean_2) ** 2) + np.trace(covariance_1)
-    distance += np.trace(covariance_2) - 2 * cross
-    return max(0.0, float(np.asarray_chkfinite(distance)))
+    distance = np.sum((mean_1 - mean_2) ** 2) + np.trace(covariance_1 + covariance_2) - 2 * cross
+    return max(0.0, float(distance))
 
 
 def symmetric_root(matrix):
@@ -1332,7 +1342,9 @@ def inception_score(probabilities, splits=10):
     where one is not finite.
     """
     probabilities, scores = np.asarray_chkfinite(probabilities, float), []
-    for part in np.array_split(probabilities, min(splits, len(probabilities))):
+    splits = min(splits, len(probabilities))
+    cuts = np.arange(1, splits) * len(probabilities) // splits  # where the paper's code cuts
+    for part in np.split(probabilities, cuts):
         divergence = scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -1475,7 +1487,7 @@ def inception_block(hidden, one, before_3, three, before_5, five, pooled):
     return rectified(keras.layers.Concatenate()(branches))
 
 
-def train_inception(training, test, epochs=12):
+def train_inception(training, test, epochs=6):
     """Return an Inception network trained on `training`, and its accuracy on `test`.
 
     Both are uint8 images (N, H, W, C) and labels (N,).
@@ -1487,7 +1499,7 @@ def train_inception(training, test, epochs=12):
     layers = [
         keras.layers.Rescaling(1 / 127.5, offset=-1),
         # Turned, stretched, slanted and moved at once: one after the other would blur them thrice.
-        keras.layers.RandomPerspective(0.75, 0.4, fill_value=-1.0),
+        keras.layers.RandomPerspective(0.75, 0.2, fill_value=-1.0),
         keras.Model(inception.input, inception.output[1]),
     ]
     classifier = keras.Sequential([keras.Input(inception.input_shape[1:]), *layers])
@@ -1553,7 +1565,7 @@ def kept_inception(dataset):
     if path.exists():
         print(f"Measured by {path}; delete it to train another.")
         return load_keras(path), read_about(path)["accuracy"]
-    print(f"Training a network to measure {dataset.name} with, once: two or three minutes.")
+    print(f"Training a network to measure {dataset.name} with, once: two minutes. Kept in {path}")
     training = np.random.default_rng(0).permutation(len(images)) % 10 > 0
     parts = [(images[part], labels[part]) for part in (training, ~training)]
     epochs = max(1, min(20, 300_000 // len(images)))
@@ -1786,6 +1798,7 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
             again = again if dataset is None else "train(..., resume=True), with the same images"
             print(f"\nStopped; all is saved. To go on:\n  {again}")
             raise Stopped(signals[0])
+    run.state.average.class_names = data.class_names
     return run.state.average
 
 
@@ -2063,12 +2076,12 @@ def draw_curves(run):
 
 def print_last_words(run):
     """Print what the run came to and where to look."""
-    kept, best = default_generator(run.settings), best_row(run.history)
+    kept, best = run.settings.checkpoints_dir / "generator_best.h5", best_row(run.history)
     collapsed = [str(row["epoch"]) for row in run.history if row["collapsed"]]
     if collapsed:
         print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
         print("Larger R1 and R2 or lower learning rates help against collapse.")
-    if best and kept != SHIPPED_GENERATOR:
+    if best and kept.exists():
         print("\nBest: FID {fid:.3f} after epoch {epoch}, kept in".format(**best), kept)
     print(f"Look at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
     print("Draw more:", line_to_type("generate", vars(run.settings)))
@@ -2160,10 +2173,10 @@ def drawn_to_measure(path, dataset, count, settings):
 
 def report(metrics):
     """Return evaluate's table; what cannot be had is left out."""
-    lines = ["{images:,} images of {measured}\nagainst {dataset}, measured by {inception}"]
+    lines = ["{images:,} images of {measured}", "against {dataset}, measured by {inception}"]
     if metrics["accuracy"] < TRUSTED_ACCURACY:
         lines.append("which reads only {accuracy:.0%} of unseen images: the numbers mean little")
-    lines.append("")
+    lines = [line.format(**metrics) for line in [*lines, ""]]
     for line in REPORT.strip().splitlines():
         name, value, words = line.split(" | ")
         if metrics.get(re.search(r"\w+", value)[0]) is not None:
@@ -2171,8 +2184,7 @@ def report(metrics):
     for number, distance in enumerate(metrics.get("fid_per_class", [])):
         name, share = metrics["class_names"][number], metrics["class_shares"][number]
         lines.append(f"class {name:<10} share {share:.3f}, FID {distance or math.nan:.3f}")
-    lines.append("\nBeside the nearest training images: {page}")
-    return "\n".join(lines).format(**metrics)
+    return "\n".join([*lines, f"\nBeside the nearest training images: {metrics['page']}"])
 
 
 def inception_command(settings, options):

@@ -229,7 +229,7 @@ def tiny_flags(digits_npz):
     return (
         *("--dataset", digits_npz, "--epochs", 4, "--batch-size", 10, "--latent-dim", 8),
         *("--generator-widths", "24,32", "--discriminator-widths", "32"),
-        *("--evaluation-images", 200, "--checkpoint-every", 2, "--seed", 7),
+        *("--evaluation-images", 200, "--checkpoint-every", 1, "--seed", 7),
         *("--inception", "mnist"),  # its own would be trained first
     )
 
@@ -252,7 +252,7 @@ def plain_runs(tiny_flags, tmp_path_factory):
     plain = (*tiny_flags, "--conditional", "false", "--loss", "hinge", "--epochs", 2)
     endless = (*tiny_flags, "--epochs", 100_000, "--max-minutes", 0.05, "--sample-every", 5)
     bfloat16 = (*plain, "--precision", "bfloat16")
-    seldom = (*tiny_flags, "--evaluate-every", 3)
+    seldom = (*tiny_flags, "--evaluate-every", 3, "--checkpoint-every", 2)
     jobs = zip((bfloat16, bfloat16, endless, seldom), folders, strict=True)
     results = run_batch(jobs, tmp_path_factory.mktemp("scratch") / "batch")
     return dict(zip(names, zip(folders, results, strict=True), strict=True))
@@ -306,10 +306,8 @@ def mnist():
     return arrays
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Runs that measure and plot nothing: each epoch gets the next of these (classes, FID)."""
-    given = []
+def measure_nothing(patch, given):
+    """Let runs neither measure nor plot: each epoch gets the next of these (classes, FID)."""
 
     def quick_metrics(ruler, *outputs):
         classes, fid = given.pop(0) if given else (10, 5.0)
@@ -321,10 +319,17 @@ def quick(monkeypatch):
             partial.write_text(str([row["fid"] for row in history]))
 
     nothing = gan_mnist.Ruler("none", None, reads_classes=True, accuracy=1.0)
-    monkeypatch.setattr(gan_mnist, "load_ruler", lambda *_: nothing)
-    monkeypatch.setattr(gan_mnist, "measure", lambda *_: (None, None))
-    monkeypatch.setattr(gan_mnist, "quick_metrics", quick_metrics)
-    monkeypatch.setattr(gan_mnist, "save_metrics_plot", save_metrics_plot)
+    patch.setattr(gan_mnist, "load_ruler", lambda *_: nothing)
+    patch.setattr(gan_mnist, "measure", lambda *_: (None, None))
+    patch.setattr(gan_mnist, "quick_metrics", quick_metrics)
+    patch.setattr(gan_mnist, "save_metrics_plot", save_metrics_plot)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that measure nothing; fill the list with what they are to find: (classes, FID)."""
+    given = []
+    measure_nothing(monkeypatch, given)
     gan_mnist.tf.config.run_functions_eagerly(True)  # for a few steps that is faster
     yield given
     gan_mnist.tf.config.run_functions_eagerly(False)

@@ -24,7 +24,7 @@ STATE = Path("checkpoints", "state")
 
 def attempt(flags):
     """Start the run in a process of its own; return its number."""
-    resume = ["--resume"] if (STATE / "checkpoint").exists() else []
+    resume = ["--resume"] if any(STATE.glob("step-*.index")) else []
     child = os.fork()
     if not child:
         log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -45,7 +45,7 @@ def wait(child, kind, longest):
     seen, wanted = set(), random.randrange(1, 15)
     while not has_ended(child):
         for folder in (STATE, STATE.parent, Path("samples")):
-            seen |= {path.name for path in folder.glob("*.tempstate*")}  # TensorFlow's
+            seen |= {path.name for path in folder.glob("*_temp")}  # TensorFlow's
             seen |= {path.name for path in folder.glob(f".*.{child}.partial*")}
         if time.monotonic() > end if kind == "training" else len(seen) >= wanted:
             return time.sleep(random.uniform(0, 0.005))

@@ -11,13 +11,13 @@ import keras
 import numpy as np
 import pytest
 from conftest import (
+    ROOT,
     WEIGHTS,
     command,
     contents,
     environment,
     files_in,
     run_batch,
-    run_code,
     small,
     synthetic_digits,
 )
@@ -176,21 +176,6 @@ def test_generate_refuses_a_count_that_cannot_be(tiny_generator, count):
 def test_one_class_of_ten_or_more_can_be_asked_for(asked, classes):
     twelve = gan_mnist.build_generator(small(), classes=12)
     assert gan_mnist.classes_to_draw(twelve, 2, asked).tolist() == classes * 2
-
-
-def test_a_notebook_is_quiet_and_trains_two_products_side_by_side(tmp_path):
-    np.save(tmp_path / "images.npy", synthetic_digits(200)[0])
-    code = """
-import io, contextlib, numpy as np, gan_mnist
-settings = gan_mnist.Settings(batch_size=50, evaluation_images=100, precision="bfloat16")
-with contextlib.redirect_stdout(io.StringIO()):
-    gan_mnist.train(np.load("images.npy"), 1, settings)
-import tensorflow as tf
-print(tf.config.threading.get_inter_op_parallelism_threads())
-"""
-    result = run_code(code, cwd=tmp_path)
-    assert (result.status, result.err) == (0, "")
-    assert result.out.split() == ["2"]
 
 
 def test_load_generator_without_a_path_finds_the_best_of_the_last_run(tiny_run, monkeypatch):
@@ -375,7 +360,7 @@ def bad_files(tiny_run, tmp_path_factory):
     return folder
 
 
-def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(
+def test_what_cannot_be_drawn_measured_or_learnt_is_refused_in_one_line(
     bad_files, tiny_run, digits_npz, tmp_path
 ):
     folder = tmp_path / "cwd"
@@ -397,6 +382,10 @@ def test_what_cannot_be_drawn_or_measured_is_refused_in_one_line(
         "too few images": ["evaluate", "--images", few, "--dataset", digits_npz],
         "too small a count": ["evaluate", "--count", 1, "--dataset", digits_npz],
         "both": ["evaluate", "--images", digits_npz, "--checkpoint", best],
+        "less than a batch": ["--dataset", digits_npz, "--batch-size", "5000"],
+        "nothing to resume": ["train", "--resume", "--dataset", digits_npz],
+        "not an .npz": ["--dataset", ROOT / "requirements.txt"],
+        "a folder without pictures": ["--dataset", ROOT],
     }
     for name in [*sorted(path.name for path in bad_files.iterdir()), "missing.h5"]:
         cases[name] = ["generate", "--checkpoint", bad_files / name]

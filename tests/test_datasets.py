@@ -164,6 +164,12 @@ def test_a_tf_data_dataset_is_read_whole(images, labelled, batched):
     assert np.array_equal(dataset.labels, TIMES) if labelled else dataset.labels is None
 
 
+def test_a_tf_data_dataset_may_be_of_dictionaries():
+    data = tf.data.Dataset.from_tensor_slices({"image": GREY, "label": TIMES})
+    dataset = gan_mnist.as_dataset(data, SETTINGS)
+    assert np.array_equal(dataset.images[..., 0], GREY) and np.array_equal(dataset.labels, TIMES)
+
+
 def mixed_shapes():
     shapes = tf.TensorSpec((None, None, 1), tf.uint8)
     images = (np.zeros((edge, edge, 1), np.uint8) for edge in (4, 5))
@@ -174,7 +180,7 @@ NOT_DATA = {
     "one that never ends": tf.data.Dataset.from_tensor_slices(GREY).repeat(),
     "none": tf.data.Dataset.from_tensor_slices(GREY).take(0),
     "of many sizes": mixed_shapes(),
-    "of dictionaries": tf.data.Dataset.from_tensor_slices({"image": GREY, "label": TIMES}),
+    "of three things": tf.data.Dataset.from_tensor_slices((GREY, TIMES, TIMES)),
     "what load_data returns": ((GREY, TIMES), (GREY, TIMES)),
     "a list of a pair": [GREY, TIMES],
     "six things": (GREY, TIMES, "mine", None, (), ()),
@@ -359,7 +365,7 @@ BAD_ARRAYS = {  # the arrays, and a word of the line that rejects them
     "labels that are words": ({"images": GREY, "labels": np.array(["a"] * 60)}, "labels must be"),
     "negative labels": ({"images": GREY, "labels": TIMES - 1}, "0 to 255"),
     "too many classes": ({"images": GREY, "labels": TIMES * 128}, "0 to 255"),
-    "a gap in the classes": ({"images": GREY, "labels": TIMES * 2}, "no image of class 1"),
+    "a gap in the classes": ({"images": GREY, "labels": TIMES * 2}, "without a gap"),
     "unseen images of another shape": ({"x_train": COLOURED, "x_test": GREY}, "test images"),
 }
 

@@ -7,7 +7,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import small
+from conftest import run, small
 
 import gan_mnist
 
@@ -116,3 +116,34 @@ def test_inputs_that_are_text_are_rejected_when_loading_not_when_drawing(name, d
 
     with pytest.raises(gan_mnist.UsageError, match=r"changed\.h5"):
         gan_mnist.load_generator(described(text))
+
+
+@pytest.mark.parametrize(
+    "about", ["no JSON", "[]", "7", '{"class_names": 7}', '{"class_names": [7]}']
+)
+def test_what_a_strangers_file_says_about_itself_is_taken_or_rejected_in_one_line(
+    about, good, tmp_path
+):
+    path = tmp_path / "strange.h5"
+    path.write_bytes(good.read_bytes())
+    with h5py.File(path, "r+") as file:
+        file.attrs["about"] = about
+    try:
+        generator = gan_mnist.load_generator(path)
+    except gan_mnist.UsageError as error:
+        assert "strange.h5" in str(error)
+    else:
+        assert gan_mnist.generate(generator, 2, "02").shape == (4, 8, 8, 1)
+
+
+def test_a_crash_while_tensorflow_is_loaded_is_not_without_a_word(tmp_path):
+    """As on a processor without AVX, where TensorFlow ends the process."""
+    (tmp_path / "keras.py").write_text("import os\nos.abort()\n")
+    result = run("--epochs", 1, cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert result.status < 0 and "keras.py" in result.err  # where it stood
+
+
+def test_an_error_while_tensorflow_is_loaded_is_shown(tmp_path):
+    (tmp_path / "keras.py").write_text("raise ImportError('no such library')\n")
+    result = run("--epochs", 1, cwd=tmp_path, PYTHONPATH=tmp_path)
+    assert result.status == 1 and "no such library" in result.err

@@ -194,19 +194,20 @@ def saved(tmp_path_factory):
     )
 
     def run_in(folder):
-        manager = tf.train.CheckpointManager(state, str(folder), 3, checkpoint_name="step")
-        now = {"manager": manager, "started": 0.0, "history": [], "position": 0, "seconds": 0.0}
-        return SimpleNamespace(state=state, identity={"seed": "0"}, **now)
+        settings = gan_mnist.Settings(**SMALL, checkpoints_dir=folder)
+        now = {"started": 0.0, "history": [], "position": 0, "seconds": 0.0}
+        return SimpleNamespace(state=state, settings=settings, identity={"seed": "0"}, **now)
 
     folder = tmp_path_factory.mktemp("saved")
     gan_mnist.save_state(run_in(folder))
     return run_in, folder
 
 
-@pytest.mark.parametrize("name", ["step-0.index", "step-0.data-00000-of-00001", "checkpoint"])
-def test_a_mangled_state(name, saved, tmp_path):
+@pytest.mark.parametrize("ending", ["index", "data-00000-of-00001"])
+def test_a_mangled_state(ending, saved, tmp_path):
     run_in, whole = saved
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    name = f"state/step-000000000.{ending}"
 
     @tried
     @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
@@ -235,12 +236,8 @@ def test_any_digits(generator_h5):
     @tried
     @hypothesis.given(st.one_of(st.text(), st.lists(st.one_of(st.integers(), st.text())), ODD))
     def try_one(digits):
-        try:
-            gan_mnist.classes_to_draw(generator, 1, digits)
-        except gan_mnist.UsageError:
-            return
-        known = {str(number) for number in range(10)}
-        assert digits is None or {str(x) for x in digits} - {","} <= known
+        with contextlib.suppress(gan_mnist.UsageError):
+            assert set(gan_mnist.classes_to_draw(generator, 1, digits)) <= set(range(10))
 
     try_one()
 

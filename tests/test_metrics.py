@@ -233,9 +233,9 @@ def test_two_images_are_enough_for_every_metric(random):
 
 def test_class_divergence_is_nought_for_equal_shares_and_the_logarithm_for_one_class_of_two():
     both = np.arange(100_000) % 2
-    assert class_divergence(both[:1000], both) == pytest.approx(0, abs=1e-9)
-    assert class_divergence(np.zeros(1000, int), both) == pytest.approx(np.log(2), rel=1e-4)
-    assert np.isfinite(class_divergence(np.full(10, 7), both))
+    assert class_divergence([0.5, 0.5], both) == pytest.approx(0, abs=1e-9)
+    assert class_divergence([1.0, 0.0], both) == pytest.approx(np.log(2), rel=1e-4)
+    assert np.isfinite(class_divergence([0.0, 0.0, 1.0], both))
 
 
 def test_fid_per_class_looks_at_each_class_alone_and_leaves_out_classes_of_one_image(random):

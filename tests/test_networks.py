@@ -10,6 +10,7 @@ from conftest import small, synthetic_digits
 
 import gan_mnist
 
+
 def kinds(model):
     return [type(layer).__name__ for layer in model.layers]
 
@@ -201,6 +202,8 @@ def test_a_step_follows_the_plain_gradients_of_both_losses(changes, penalise):
         discriminator_optimizer=keras.optimizers.SGD(1.0),
         random=tf.random.Generator.from_seed(0),
     )
+    state.generator_optimizer.build(state.generator.trainable_variables)
+    state.discriminator_optimizer.build(state.discriminator.trainable_variables)
     both = (state.generator, state.discriminator)
     before = [[x.numpy() for x in network.trainable_variables] for network in both]
     real = tf.constant(synthetic_digits(30)[0][..., np.newaxis] / 127.5 - 1, tf.float32)

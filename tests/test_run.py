@@ -60,7 +60,7 @@ def test_a_run_leaves_the_files_of_the_design(tiny_run):
     assert len(state) > 1
     assert set(checkpoints) - state == {
         *("generator_best.h5", "generator_latest.h5"),
-        *("generator_model_epoch_002.h5", "generator_model_epoch_004.h5"),
+        *(f"generator_model_epoch_{epoch:03d}.h5" for epoch in (1, 2, 3, 4)),
     }
     assert files_in(tiny_run[0]) == sorted(
         ["samples", "checkpoints"]
@@ -139,7 +139,7 @@ def test_the_terminal_shows_a_row_an_epoch_in_80_columns_and_no_control_codes(ti
 
 
 def test_a_row_says_how_much_longer_the_run_takes_and_fits_80_columns(capsys):
-    run = SimpleNamespace(
+    run = SimpleNamespace(  # a quarter is done, in 65 seconds
         settings=gan_mnist.Settings(epochs=200),
         ruler=SimpleNamespace(accuracy=0.99),
         started=time.monotonic() - 65,
@@ -156,12 +156,12 @@ def test_a_row_says_how_much_longer_the_run_takes_and_fits_80_columns(capsys):
         "classes_covered": 10,
         "collapsed": False,
     }
-    gan_mnist.print_row(run, row)
+    gan_mnist.print_row(row, run)
     line = capsys.readouterr().out.rstrip("\n")
     assert line.startswith(" 50/200 ") and line.endswith(" 3m 15s") and len(line) < 80
     assert "?" not in line and "123,456 " in line
     run.ruler.accuracy = 0.55  # a network that reads little measures little
-    gan_mnist.print_row(run, row)
+    gan_mnist.print_row(row, run)
     assert "1234.567?" in capsys.readouterr().out
 
 
@@ -175,7 +175,6 @@ def test_a_run_of_minutes_says_how_long_it_still_takes_by_the_clock(plain_runs):
 def test_the_best_generator_is_the_one_of_the_lowest_fid(tiny_run):
     checkpoints = tiny_run[0] / "checkpoints"
     best = min(rows(tiny_run[0]), key=lambda row: float(row["fid"]))
-    assert best["epoch"] in ("2", "4"), "choose another seed: only even epochs are kept"
     assert_same_weights(
         checkpoints / "generator_best.h5",
         checkpoints / f"generator_model_epoch_{int(best['epoch']):03d}.h5",
@@ -252,5 +251,8 @@ def test_measuring_more_or_less_often_changes_no_weight(tiny_run, plain_runs):
     assert plain_runs["seldom"][1].status == 0
     measured = [[row["fid"] != "" for row in rows(folder)] for folder in folders]
     assert measured == [[True] * 4, [False, False, True, True]]
-    for name in ("generator_latest.h5", "generator_model_epoch_002.h5"):
+    numbered = folders[1].glob("checkpoints/generator_model*")
+    names = {path.name for path in numbered}
+    assert names == {"generator_model_epoch_002.h5", "generator_model_epoch_004.h5"}
+    for name in names:
         assert_same_weights(*(folder / "checkpoints" / name for folder in folders))

@@ -144,12 +144,13 @@ def with_steps(monkeypatch, wrap):
     monkeypatch.setattr(gan_mnist, "compile_training", lambda *args: wrap(compile_training(*args)))
 
 
-@pytest.mark.parametrize(("kind", "stopped_epoch"), zip(SIGNALS, (1, 2, 1), strict=True))
+@pytest.mark.parametrize(("kind", "stopped_epoch"), [*zip(SIGNALS, (1, 2, 1), strict=True)])
 def test_a_signal_in_the_last_call_of_an_epoch_loses_no_row_and_is_the_sessions_own_again(
     kind, stopped_epoch, quick, tmp_path, monkeypatch, capsys
 ):
-    train(tmp_path / "whole")
     calls, before = [], [signal.getsignal(each) for each in SIGNALS]
+    train(tmp_path / "whole")
+    assert [signal.getsignal(each) for each in SIGNALS] == before
 
     def stopping(steps):  # ten steps an epoch: one call
         def call(*epoch):
@@ -171,42 +172,45 @@ def test_a_signal_in_the_last_call_of_an_epoch_loses_no_row_and_is_the_sessions_
     assert table(tmp_path / "stopped") == table(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("where", ["measure", "write_epoch"])
-def test_no_epoch_is_begun_when_the_minutes_are_over(where, quick, tmp_path, monkeypatch):
+@pytest.fixture
+def slowed(monkeypatch):
+    """A function that lets one of gan_mnist's take so many seconds more, by a clock of its own."""
     clock = [0.0]
+    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def slow(function, seconds):
-        def slowed(*arguments):
+        def wrapped(*arguments, **options):
             clock[0] += seconds
-            return function(*arguments)
+            return function(*arguments, **options)
 
-        return slowed
+        return wrapped
 
-    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(gan_mnist, where, slow(getattr(gan_mnist, where), 50))
+    def slow_by_name(name, seconds):
+        monkeypatch.setattr(gan_mnist, name, slow(getattr(gan_mnist, name), seconds))
+
     with_steps(monkeypatch, lambda steps: slow(steps, 15))
-    train(tmp_path, max_minutes=1.0, epochs=5)  # over before the second epoch is
-    assert [row["step"] for row in table(tmp_path)] == ["10"]
-    assert table(tmp_path)[-1]["fid"] == "5.0"
+    return slow_by_name
 
 
-def test_the_row_that_the_minutes_ended_is_measured(quick, tmp_path, monkeypatch):
-    clock = [0.0]
+@pytest.mark.parametrize("where", ["measure", "write_epoch"])
+def test_no_epoch_is_begun_when_the_minutes_are_over(where, quick, slowed, tmp_path):
+    slowed(where, 50)
+    train(tmp_path, max_minutes=1.0, epochs=5)
+    assert [(row["step"], row["fid"]) for row in table(tmp_path)] == [("10", "5.0")]
 
-    def slow(steps):
-        def slowed(*arguments):
-            clock[0] += 15
-            steps(*arguments)
 
-        return slowed
-
-    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(gan_mnist, "STEPS_PER_CALL", 4)
-    with_steps(monkeypatch, slow)
+def test_the_row_that_the_minutes_ended_is_measured(quick, slowed, tmp_path, monkeypatch):
+    monkeypatch.setattr(gan_mnist, "STEPS_PER_CALL", 4)  # 15 seconds
     train(tmp_path, max_minutes=1.0, epochs=50, evaluate_every=20, sample_every=20)
     assert [row["step"] for row in table(tmp_path)] == ["10", "14"]
     assert [row["fid"] for row in table(tmp_path)] == ["", "5.0"]
     assert (tmp_path / "samples" / "image_at_epoch_0002.png").exists()
+
+
+def test_the_minutes_begin_when_the_network_that_measures_is_there(quick, slowed, tmp_path):
+    slowed("load_ruler", 200)  # trained at first use
+    train(tmp_path, max_minutes=1.0, epochs=2)
+    assert [row["step"] for row in table(tmp_path)] == ["10", "20"]
 
 
 # ----- Commands

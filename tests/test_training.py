@@ -3,11 +3,10 @@
 import itertools
 from types import SimpleNamespace
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, rows, run_code, small, synthetic_digits, train_quietly
+from conftest import ROOT, measure_nothing, rows, run_code, small, synthetic_digits, train_quietly
 
 import gan_mnist
 
@@ -62,10 +61,11 @@ def watched_run(folder, epochs, **changes):
         return tf.ensure_shape(losses, 2)
 
     with pytest.MonkeyPatch.context() as patch:
+        measure_nothing(patch, [])
         patch.setattr(gan_mnist, "train_step", step)
         patch.setattr(gan_mnist, "STEPS_PER_CALL", 1)
         patch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-        flags = {"batch_size": BATCH, "decay_from": DECAY_FROM, "inception": "mnist"}
+        flags = {"batch_size": BATCH, "decay_from": DECAY_FROM}
         train_quietly(folder, NUMBERED, epochs, penalty_every=3, **flags, **RATES, **changes)
     return map(np.stack, zip(*seen, strict=True))
 
@@ -208,9 +208,10 @@ def test_a_short_run_saves_the_average_and_the_last_row_of_the_table_has_its_fid
     assert float(rows(tmp_path)[-1]["fid"]) == pytest.approx(fid, rel=0.2)
 
 
-def test_two_equal_calls_in_one_session_give_equal_weights(tmp_path):
+def test_two_equal_calls_in_one_session_give_equal_weights(quick, tmp_path):
+    data, flags = synthetic_digits(320), {"inception": "mnist", "batch_size": 32}
     one, two, other = (
-        train_quietly(tmp_path / str(number), synthetic_digits(320), inception="mnist", batch_size=32, seed=seed)
+        train_quietly(tmp_path / str(number), data, seed=seed, **flags)
         for number, seed in enumerate((3, 3, 4))
     )
     for first, second, third in zip(one.weights, two.weights, other.weights, strict=True):
