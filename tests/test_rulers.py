@@ -76,7 +76,7 @@ def test_the_shipped_ruler_reads_995_of_1000_test_images_and_has_its_name(
     probabilities = test_outputs[1]
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     assert np.mean(probabilities.argmax(axis=1) == mnist[3]) >= 0.995
-    assert ruler.name == "mnist_inception_2" and ruler.reads_classes
+    assert ruler.name == "mnist_inception_1" and ruler.reads_classes
 
 
 def test_the_shipped_files_are_small_and_the_network_has_its_branches():

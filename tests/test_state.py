@@ -381,15 +381,16 @@ class Disk:
         self.fsync(descriptor)
 
 
-@pytest.mark.parametrize("call", [1, 8])
+@pytest.mark.parametrize(("call", "step"), [(1, 5), (8, 10)])
 def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(
-    call, quick, tmp_path, monkeypatch
+    call, step, quick, tmp_path, monkeypatch
 ):
     train(tmp_path / "whole", 2)
     disk = Disk(monkeypatch, call)
     with pytest.raises(OSError, match="No space left on device"):
         train(tmp_path / "full", 2)
     assert half_written(tmp_path) == []
+    assert steps_saved(tmp_path / "full" / "made")[-1] == step
     disk.full_from = 10**9
     train(tmp_path / "full", 2, resume=True)
     assert outcome(tmp_path / "full") == outcome(tmp_path / "whole")
