@@ -1558,9 +1558,8 @@ def kept_inception(dataset):
     if path.exists():
         print(f"Measured by {path}; delete it to train another.")
         return load_keras(path), read_about(path)["accuracy"]
-    print(
-        f"Training a network to measure {dataset.name} with, once: two to three minutes. Kept in {path}"
-    )
+    print(f"Training a network to measure {dataset.name} with, once: two to three minutes.")
+    print(f"It is kept in {path}")
     training = np.random.default_rng(0).permutation(len(images)) % 10 > 0
     parts = [(images[part], labels[part]) for part in (training, ~training)]
     epochs = max(1, min(20, 240_000 // len(images)))
