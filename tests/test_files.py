@@ -108,7 +108,7 @@ def test_what_draws_no_square_pictures_is_no_generator(shape, tmp_path):
         gan_mnist.load_generator(tmp_path / "other.h5")
 
 
-@pytest.mark.parametrize("name", ["latent", "class"])
+@pytest.mark.parametrize("name", ["latent", "label"])
 def test_inputs_that_are_text_are_rejected_when_loading_not_when_drawing(name, described):
     def text(config):
         (layer,) = [x for x in config["config"]["layers"] if x["config"]["name"] == name]
