@@ -1674,7 +1674,7 @@ def save_state(run):
     run.state.facts.assign(json.dumps(facts | {"elapsed": time.monotonic() - run.started}))
     run.state.write(str(folder / f"step-{step:09d}"))  # the .index comes last
     for old in sorted(folder.glob("step-*.index"))[:-3]:
-        for part in folder.glob(f"{old.stem}.*"):
+        for part in sorted(folder.glob(f"{old.stem}.*")):  # the .index last: it says what is there
             remove(part)
 
 
@@ -1749,8 +1749,8 @@ class Run:
     state: tf.train.Checkpoint
     identity: dict  # what must be the same in each session: settings, data, precision
     steps_per_epoch: int
+    ruler: Ruler
     started: float  # monotonic seconds, as if the run had never paused
-    ruler: Ruler = None
     train_steps: callable = None  # the compiled training
     summaries: tf.summary.SummaryWriter = None
     history: list = dataclasses.field(default_factory=list)  # a row (a dict) an epoch
@@ -1861,13 +1861,13 @@ def begin(settings, dataset, resume):
         state=new_state(settings, dataset),
         identity=identity,
         steps_per_epoch=len(dataset.images) // settings.batch_size,
+        ruler=load_ruler(settings, dataset),  # before the clock starts: it may be trained first
         started=time.monotonic(),
     )
     if resume:
         restore_state(run)
     run.train_steps = compile_training(run.state, dataset, settings)
     print_banner(run)
-    run.ruler = load_ruler(settings, dataset)
     for folder in (settings.samples_dir, settings.checkpoints_dir):
         for left in [*folder.glob(".*.partial*"), *folder.glob("state/*_temp")]:
             remove(left)  # by a run that was killed

@@ -344,23 +344,24 @@ with gan_mnist.alone_in(folder):
 
 def test_only_one_run_is_ever_in_a_folder_whatever_is_deleted_there(quick, tmp_path):
     train(tmp_path, 1)
-    for name in ("samples", "made"):
-        first = subprocess.Popen(
-            [sys.executable, "-c", RACE, str(tmp_path / name)],
-            env=environment(PYTHONPATH=ROOT),
-            stdout=subprocess.PIPE,
-        )
-        assert first.stdout.readline() == b"{0}\n", "two were in it at once, or one never"
-        assert first.stdout.readline() == b"held\n"
-        if name == "samples":
-            for path in (tmp_path / name).iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        before = contents(tmp_path)
-        with pytest.raises(gan_mnist.UsageError, match=f"{name} is in use by another run"):
-            train(tmp_path, 1)
-        assert contents(tmp_path) == before
-        first.kill()
-        first.communicate()
+    samples, made = tmp_path / "samples", tmp_path / "made"
+    first = subprocess.Popen(
+        [sys.executable, "-c", RACE, str(samples)],
+        env=environment(PYTHONPATH=ROOT),
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout.readline() == b"{0}\n", "two were in it at once, or one never"
+    assert first.stdout.readline() == b"held\n"
+    for path in samples.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = contents(tmp_path)
+    with pytest.raises(gan_mnist.UsageError, match="samples is in use by another run"):
+        train(tmp_path, 1)
+    first.kill()
+    first.communicate()
+    with gan_mnist.alone_in(made), pytest.raises(gan_mnist.UsageError, match="made is in use"):
+        train(tmp_path, 1)
+    assert contents(tmp_path) == before
     train(tmp_path, 1)
 
 

@@ -20,7 +20,8 @@ MIRRORED = """
 import numpy as np, tensorflow as tf
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, 2 * [tf.config.LogicalDeviceConfiguration()])
-import conftest, gan_mnist, pathlib
+import conftest, gan_mnist, pathlib, pytest
+conftest.measure_nothing(pytest.MonkeyPatch(), [])
 shown, train_step = [], gan_mnist.train_step
 def noting(state, settings, real, *others):
     tf.numpy_function(lambda pixels: shown.extend(pixels.tolist()), [real[:, 0, 0, 0]], [])
@@ -196,7 +197,7 @@ def test_a_short_run_saves_the_average_and_the_last_row_of_the_table_has_its_fid
     common = {"batch_size": 64, "seed": 5, "inception": "mnist"}
     common["generator_learning_rate"] = 0.01  # FID of the average is 4 % off the generator's own
     data = gan_mnist.as_dataset(synthetic_digits(320), small())
-    average = train_quietly(tmp_path, data, epochs=3, **common)
+    average = train_quietly(tmp_path, data, epochs=2, **common)
     saved = gan_mnist.load_generator(tmp_path / "checkpoints" / "generator_latest.h5")
     first = gan_mnist.new_state(small(**common), data).average
     for mean, kept, was in zip(average.weights, saved.weights, first.weights, strict=True):
@@ -266,6 +267,7 @@ def test_the_larger_the_pictures_the_fewer_steps_pass_between_looks_at_ctrl_c(
 
         return train_steps
 
+    measure_nothing(monkeypatch, [])
     monkeypatch.setattr(gan_mnist, "compile_training", counting)
     images = np.zeros((16 * 110, edge, edge, 3 if edge > 28 else 1), np.uint8)
     train_quietly(tmp_path, images, batch_size=16, generator_widths=(2,))
