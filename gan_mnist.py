@@ -2109,7 +2109,8 @@ def generate_command(settings, options):
     if kind not in ("", ".png", ".npz", ".gif"):
         raise UsageError(f"--output is {str(output)!r}, but must be a .png, .npz, .gif or a folder")
     make_writable(output.parent)
-    path = Path(options.get("checkpoint", default_generator(settings)))
+    given = options.get("checkpoint")
+    path = Path(default_generator(settings) if given is None else given)
     seed, digits = options.get("draw_seed", random_seed()), options.get("digits")
     print(f"Drawing with {path}, --seed {seed}")
     generator, count = load_generator(path), options.get("count", 10 if digits else 100)
@@ -2139,7 +2140,8 @@ def evaluate_command(settings, options):
     make_writable(settings.samples_dir)
     with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else
         dataset = load_dataset(settings)
-        path = Path(options.get("images", options.get("checkpoint", default_generator(settings))))
+        given = options.get("images", options.get("checkpoint"))
+        path = Path(default_generator(settings) if given is None else given)
         print(f"Measuring {path}")
         if "images" in options:
             images, classes = as_images(load_path(path, settings).images, path, settings), None
@@ -2156,9 +2158,9 @@ def evaluate_command(settings, options):
 
 def drawn_to_measure(path, dataset, count, settings):
     """Return images by a generator, from other latent points than the epochs', and classes."""
-    generator, about = load_generator(path), read_about(path)
-    if about.get("data", fingerprint(dataset)) != fingerprint(dataset):
-        print(f"{path} learnt from other data: is it --dataset {about['learnt_from']}?")
+    generator, about, data = load_generator(path), read_about(path), fingerprint(dataset)
+    if about.get("data", data) != data:
+        print(f"{path} learnt from other data: is it --dataset {about.get('learnt_from')}?")
     if count_classes(generator) not in (0, len(dataset.class_names)):
         raise UsageError(f"{path} knows other classes than {dataset.name}: see --dataset")
     images, classes = draw_like(generator, dataset, count, settings.seed + 1)
