@@ -34,8 +34,8 @@ CHECKPOINTS_DIR = "checkpoints"  # where .h5 files and the training state land
 ARCHITECTURE = "dense"  # conv: convolutions next to the image; slower, better
 CONDITIONAL = True  # both networks are told the digit; false: the plain GAN, a harder task
 LATENT_DIM = 64  # numbers that an image is made from
-GENERATOR_WIDTHS = (256, 512)  # units of its hidden layers, latent side first
-DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first
+GENERATOR_WIDTHS = (256, 256)  # units of its hidden layers, latent side first
+DISCRIMINATOR_WIDTHS = (256, 256)  # units of its hidden layers, image side first
 CONV_CHANNELS = 8  # of the convolution nearest the image; doubled at each halving
 
 # The game
@@ -1580,7 +1580,10 @@ def taking(network, image_shape):
         hidden = keras.ops.repeat(keras.ops.mean(hidden, -1, keepdims=True), channels, -1)
     if (height, width) != image_shape[:2]:
         hidden = keras.ops.image.resize(hidden, (height, width), antialias=True)
-    return keras.Model(image, network(hidden))
+    taker = keras.Model(image, network(hidden))
+    # Eight batches in one call, two at a time: a quarter less time.
+    taker.compile(steps_per_execution=8, jit_compile=False)
+    return taker
 
 
 def measure(ruler, images):
@@ -1668,14 +1671,14 @@ MAY_CHANGE = re.compile("epochs|max_minutes|inception|evaluation_images|.*_(dir|
 
 
 def save_state(run):
-    """Save all that --resume needs, keep the newest three."""
+    """Save all that --resume needs, beside the two newest states."""
     folder, step = run.settings.checkpoints_dir / "state", int(run.state.step.numpy())
+    for old in sorted(folder.glob("step-*.index"))[:-2]:
+        for part in sorted(folder.glob(f"{old.stem}.*")):  # the .index last: it says what is there
+            remove(part)
     facts = {name: getattr(run, name) for name in ("identity", "history", "position", "seconds")}
     run.state.facts.assign(json.dumps(facts | {"elapsed": time.monotonic() - run.started}))
     run.state.write(str(folder / f"step-{step:09d}"))  # the .index comes last
-    for old in sorted(folder.glob("step-*.index"))[:-3]:
-        for part in sorted(folder.glob(f"{old.stem}.*")):  # the .index last: it says what is there
-            remove(part)
 
 
 def restore_state(run):
