@@ -35,7 +35,7 @@ ARCHITECTURE = "dense"  # conv: convolutions next to the image; slower, better
 CONDITIONAL = True  # both networks are told the digit; false: the plain GAN, a harder task
 LATENT_DIM = 64  # numbers that an image is made from
 GENERATOR_WIDTHS = (256, 256)  # units of its hidden layers, latent side first
-DISCRIMINATOR_WIDTHS = (256, 256)  # units of its hidden layers, image side first
+DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first
 CONV_CHANNELS = 8  # of the convolution nearest the image; doubled at each halving
 
 # The game
@@ -196,6 +196,8 @@ def read_value(allowed, label, given):
             fits = text != ""
         if fits:
             return value
+    if ANY_PATH in choices:
+        choices += os.listdir()
     raise UsageError(f"{label} is {given!r}, but must be {words}{did_you_mean(text, choices)}")
 
 
@@ -299,14 +301,8 @@ def parse_command_line(words):
     return options.pop("command"), Settings(**typed), options
 
 
-def line_to_type(command, settings):
-    """Return what to type for a command with these settings (a dict)."""
-    words = ["python", PROGRAM.name, *command.split()]
-    for name in COMMANDS[words[2]][1].split():
-        value = as_text(settings[name])
-        if value != as_text(constant(name)):
-            words += [as_flag(name), value]
-    return shlex.join(words)
+def line_to_type(*words):
+    return shlex.join(["python", PROGRAM.name, *words])
 
 
 # ---- Stopping ------------------------------------------------------------------------------------
@@ -488,19 +484,6 @@ def keras_home():
     return Path(os.environ.get("KERAS_HOME", Path.home() / ".keras"))
 
 
-def cached_arrays(name, make):
-    """Return the arrays kept under a name in the Keras home, made and kept at first use."""
-    path = keras_home() / "gan_mnist" / f"{name}.npz"
-    with contextlib.suppress(UsageError):  # it is missing or damaged
-        return list(read_arrays(path).values())
-    arrays = make()
-    try:
-        save_arrays(path, *arrays)
-    except OSError as error:
-        print(f"{path} cannot be kept: {error.strerror}")
-    return arrays
-
-
 def save_arrays(path, *arrays, **named):
     """Write an .npz of the arrays."""
     with replacing(path) as partial:
@@ -514,16 +497,12 @@ def read_arrays(path):
         if isinstance(loaded, np.ndarray):
             return {"images": loaded}
         with loaded:
-            refuse_enormous(sum(member.file_size for member in loaded.zip.infolist()), path)
+            size = sum(member.file_size for member in loaded.zip.infolist())
+            if size > LARGEST_DATASET:
+                raise ValueError(f"unpacked it would take {size:,} bytes")
             return dict(loaded)
     except Exception as error:  # NumPy and zipfile raise half a dozen kinds
         raise UsageError(f"cannot read {path} as .npz or .npy: {error}") from None
-
-
-def refuse_enormous(size, what):
-    """Raise UsageError for more bytes than a data set may take."""
-    if size > LARGEST_DATASET:
-        raise UsageError(f"{what} would take {size:,} bytes, more than {LARGEST_DATASET:,}")
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -595,8 +574,8 @@ def load_from_keras(name):
     """Return a Dataset that Keras downloads once. Raises RunError."""
     print(f"{name}: from Keras, which downloads it once.")
     with downloading():  # CIFAR-10 has pickles, in an archive whose SHA-256 Keras checks
-        training, test = getattr(keras.datasets, name).load_data()
-    return Dataset(training[0], training[1].ravel(), name, test[0])
+        (images, labels), (unseen, _) = getattr(keras.datasets, name).load_data()
+    return Dataset(images, labels.ravel(), name, unseen)
 
 
 def load_path(path, settings):
@@ -604,53 +583,43 @@ def load_path(path, settings):
     if path.is_dir():
         return load_pictures(path, settings)
     arrays = read_arrays(path)
-
-    def first(names):
-        return next((arrays[name] for name in names.split() if name in arrays), None)
-
-    images = first("images x_train arr_0")
+    images, labels, unseen = [
+        next((arrays[name] for name in names.split() if name in arrays), None)
+        for names in ("images x_train arr_0", "labels y_train", "test_images x_test")
+    ]
     if images is None:
         raise UsageError(f"{path} has no array named images or x_train: {sorted(arrays)}")
-    return Dataset(images, first("labels y_train"), path.name, first("test_images x_test"))
+    return Dataset(images, labels, path.name, unseen)
 
 
 def load_pictures(folder, settings):
     """Return the Dataset in a folder of pictures or of folders, one a class. Raises UsageError."""
-    classes = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-    if classes and pictures_in(folder):
+    found = [*folder.glob("[!.]*"), *folder.glob("[!.]*/[!.]*")]
+    paths = sorted(path for path in found if path.suffix.lower() in PICTURES)
+    if not paths:
+        raise UsageError(f"{folder} has no picture: {' '.join(PICTURES)}")
+    places = [str(path.parent.relative_to(folder)) for path in paths]
+    class_names, labels = np.unique(places, return_inverse=True)
+    if len(class_names) > 1 and "." in class_names:
         raise UsageError(f"{folder} has pictures beside folders: of which class are they?")
-    paths, labels = [], []
-    for label, place in enumerate(classes or [folder]):
-        found = pictures_in(place)
-        if not found:
-            raise UsageError(f"{place} has no picture: {' '.join(PICTURES)}")
-        paths += found
-        labels += [label] * len(found)
     with ThreadPool() as pool:
-        images = pool.map(functools.partial(read_picture, settings=settings), paths)
-    shapes = np.array([image.shape for image in images])
-    if (shapes != shapes[0]).any():
-        edge = min(1024, shapes[:, :2].min())
+        images = list(pool.imap(functools.partial(read_picture, settings=settings), paths))
+    if len({image.shape for image in images}) > 1:
+        edge = min(1024, *(min(image.shape[:2]) for image in images))
         remedy = f"--image-size {edge} and --image-colour grey or colour make them alike"
         raise UsageError(f"the pictures in {folder} differ in size or colour: {remedy}")
     return Dataset(
         images=np.stack(images),
-        labels=np.array(labels) if classes else None,
+        labels=labels if len(class_names) > 1 else None,
         name=f"{folder.resolve().name}/",
-        class_names=tuple(path.name for path in classes),
+        class_names=tuple(class_names.tolist()),
     )
-
-
-def pictures_in(folder):
-    return sorted(path for path in folder.glob("[!.]*") if path.suffix.lower() in PICTURES)
 
 
 def read_picture(path, settings):
     """Return a picture file as uint8 (H, W, C). Raises UsageError."""
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
-            if picture.mode[0] in "IF":
-                raise ValueError("it has more than 8 bits a channel")
             return fit_picture(ImageOps.exif_transpose(picture), settings)
     except Exception as error:  # Pillow's readers raise half a dozen kinds
         raise UsageError(f"cannot read {path}: {error}") from None
@@ -658,11 +627,15 @@ def read_picture(path, settings):
 
 def fit_picture(picture, settings):
     """Return a Pillow picture as uint8 (H, W, C) in the settings' size and colour."""
-    mode = "L" if picture.mode in ("1", "L", "LA") else "RGB"
+    if picture.mode[0] in "IF":
+        raise ValueError("it has more than 8 bits a channel")
+    grey = settings.image_colour == "grey" or (
+        settings.image_colour == "auto" and picture.mode in ("1", "L", "LA")
+    )
     if picture.has_transparency_data:
         page = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(page, picture.convert("RGBA"))
-    picture = picture.convert({"auto": mode, "grey": "L", "colour": "RGB"}[settings.image_colour])
+    picture = picture.convert("L" if grey else "RGB")
     if settings.image_size:
         picture = ImageOps.fit(picture, (settings.image_size, settings.image_size))
     return np.atleast_3d(picture)
@@ -730,20 +703,13 @@ def as_images(images, name, settings):
         images = images[..., np.newaxis]
     match images.shape:
         case [_, _, _, 1 | 3] if images.dtype == np.uint8 and images.size:
-            images = fit_images(images, settings)
+            if fit_picture(as_picture(images[0]), settings).shape != images.shape[1:]:
+                images = [fit_picture(as_picture(image), settings) for image in images]
+                images = np.stack(images)
             if 4 <= images.shape[1] == images.shape[2]:
                 return images
     form = "uint8 (N, H, H) or (N, H, H, 1 or 3), H at least 4 (--image-size makes them so)"
     raise UsageError(f"{name} must be {form}, not {images.dtype} {images.shape}")
-
-
-def fit_images(images, settings):
-    """Return images (N, H, W, C) in the settings' size and colour."""
-    first = fit_picture(as_picture(images[0]), settings)
-    if first.shape == images.shape[1:]:
-        return images
-    refuse_enormous(len(images) * first.size, "resized, the images")
-    return np.stack([fit_picture(as_picture(image), settings) for image in images])
 
 
 def as_labels(labels, count, name):
@@ -1123,20 +1089,15 @@ def classes_to_draw(generator, count, digits=None):
     classes = count_classes(generator)
     if digits is None:
         return np.arange(count, dtype=np.int32) % max(1, classes)
+    names = getattr(generator, "class_names", ())
     known = {str(number): number for number in range(classes)}
-    if classes:
-        names = getattr(generator, "class_names", ())
-        known |= {name: number for number, name in enumerate(names)}
-    words = (
-        digits.strip(",").split(",")
-        if isinstance(digits, str)
-        else [str(digit) for digit in np.atleast_1d(digits)]
-    )
-    if words == [digits] and digits not in known:  # "2026", each of its characters a class
-        words = list(digits)
+    known |= {name: number for number, name in enumerate(names[:classes])}
+    text = digits if isinstance(digits, str) else ",".join(map(str, np.atleast_1d(digits)))
+    one_by_one = "," not in text and text not in known  # "2026": each of its characters a class
+    words = list(text) if one_by_one else text.strip(",").split(",")
     if not words or not known.keys() >= set(words):
         which = ", ".join(list(known)[:40]) or "no classes"
-        raise UsageError(f"this generator cannot draw {digits!r}: it knows {which}")
+        raise UsageError(f"this generator cannot draw {text!r}: it knows {which}")
     return np.tile(np.array([known[word] for word in words], np.int32), count)
 
 
@@ -1174,11 +1135,11 @@ def draw_grid(generator, seed):
 
 def mosaic(images, columns):
     """Return one picture (H', W', C) of images (N, H, W, C), small ones enlarged."""
-    scale = max(1, round(64 / images.shape[1]))
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     images = np.pad(images, [(0, -len(images) % columns)] + 3 * [(0, 0)])
     rows = images.reshape(-1, columns, *images.shape[1:])
-    return np.vstack([np.hstack(row) for row in rows])
+    picture = np.vstack([np.hstack(row) for row in rows])
+    scale = max(1, round(64 / images.shape[1]))
+    return picture.repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 def save_grid(path, images, columns, title, row_names=()):
@@ -1238,7 +1199,9 @@ def save_metrics_plot(path, history, title, class_names):
         axes.grid(alpha=0.3)
     losses, _, distance, shares = figure.axes
     losses.legend(["discriminator", "generator"])
-    distance.set_yscale("log")
+    distance.set_yscale("log", subs=[2, 5])
+    distance.yaxis.set_major_formatter("{x:g}")
+    distance.yaxis.set_minor_formatter("{x:g}")
     if len(shares.lines) == len(class_names) <= 20:  # more names would hide the curves
         shares.legend(list(map(printable, class_names)), ncols=2, fontsize="small")
     with replacing(path) as partial:
@@ -1376,7 +1339,7 @@ def precision_recall(real_features, generated_features, neighbours=3):
     """Return improved precision and recall, each 0 to 1, higher is better (arXiv 1904.06991).
 
     The share of generated features (N, F) within any ball around a real one that reaches its k-th
-    neighbour, and the reverse. Raises ValueError where a side has no more than k points.
+    neighbour, and the reverse; k is lowered where there are too few.
     """
     precise = within_balls(generated_features, real_features, neighbours).any(axis=1)
     recalled = within_balls(real_features, generated_features, neighbours).any(axis=1)
@@ -1387,7 +1350,7 @@ def density_coverage(real_features, generated_features, neighbours=5):
     """Return density, 0 and up, and coverage, 0 to 1; higher is better (arXiv 2002.09797).
 
     How many of those balls hold a generated feature (N, F), over k, about 1 for real images; and
-    the share of them that hold any. Raises ValueError for no more than k real points.
+    the share of them that hold any.
     """
     within = within_balls(generated_features, real_features, neighbours)
     return float(within.sum(axis=1).mean() / neighbours), float(within.any(axis=0).mean())
@@ -1395,6 +1358,7 @@ def density_coverage(real_features, generated_features, neighbours=5):
 
 def within_balls(points, centres, k):
     """Return which points (N, F) are in the balls around centres (M, F): bool (N, M)."""
+    k = min(k, len(centres) - 1)
     radii = [np.partition(rows, k)[:, k] for rows in squared_distances(centres, centres)]
     radii = np.concatenate(radii)
     return np.concatenate([rows <= radii for rows in squared_distances(points, centres)])
@@ -1545,7 +1509,7 @@ def load_ruler(settings, dataset):
     ruler = Ruler(name, taking(network, dataset.images.shape[1:]), reads, accuracy)
     if (name, dataset.name) == (SHIPPED_INCEPTION.stem, "mnist"):
         return ruler._replace(**read_arrays(SHIPPED_INCEPTION.with_suffix(".npz")))
-    mean, covariance = feature_statistics(real_outputs(ruler, dataset.images)[0])
+    mean, covariance = feature_statistics(measure(ruler, dataset.images)[0])
     return ruler._replace(mean=mean, covariance=covariance)
 
 
@@ -1591,12 +1555,6 @@ def measure(ruler, images):
     return ruler.network.predict(images, batch_size=250, verbose=0)
 
 
-def real_outputs(ruler, images):
-    """Return what `measure` does, of real images: it is kept."""
-    name = f"{ruler.name} on {fingerprint(Dataset(images))}"
-    return cached_arrays(name, lambda: measure(ruler, images))
-
-
 def quick_metrics(ruler, features, probabilities):
     """Return what every epoch reports, by name, of features (N, F) and probabilities (N, K)."""
     score, deviation = inception_score(probabilities)
@@ -1629,7 +1587,7 @@ def evaluate_images(images, settings, classes=None, dataset=None):
         wanted = f"2 or more of {training.shape[1:]}, as in {dataset.name}"
         raise UsageError(f"the images to measure must be {wanted}, not {images.shape}")
     ruler = load_ruler(settings, dataset)
-    real, real_probabilities = real_outputs(ruler, training)
+    real, real_probabilities = measure(ruler, training)
     features, probabilities = measure(ruler, images)
     metrics = {"images": len(images), "dataset": dataset.name, "inception": ruler.name}
     # The score is of parts, and the images may come by class.
@@ -1643,15 +1601,14 @@ def evaluate_images(images, settings, classes=None, dataset=None):
         distances = frechet_distance_per_class(features, read, real, real_classes)
         metrics["fid_per_class"] = distances
     if dataset.test_images is not None:
-        unseen, _ = real_outputs(ruler, dataset.test_images)
+        unseen, _ = measure(ruler, dataset.test_images)
         metrics["memorisation"] = memorisation(features, unseen, real)
     metrics["nearest"] = nearest(features[:20], real)[0].tolist()
     count = min(NEIGHBOUR_IMAGES, len(features), len(real))
     drawn, real = random.permutation(features)[:count], random.permutation(real)[:count]
-    size = min(1000, max(2, count // 2))  # of a part, so that subsets are not all the same
-    metrics["kid"], metrics["kid_std"] = kernel_inception_distance(real, drawn, subset_size=size)
-    metrics["precision"], metrics["recall"] = precision_recall(real, drawn, min(3, count - 1))
-    metrics["density"], metrics["coverage"] = density_coverage(real, drawn, min(5, count - 1))
+    metrics["kid"], metrics["kid_std"] = kernel_inception_distance(real, drawn)
+    metrics["precision"], metrics["recall"] = precision_recall(real, drawn)
+    metrics["density"], metrics["coverage"] = density_coverage(real, drawn)
     return metrics
 
 
@@ -1671,14 +1628,14 @@ MAY_CHANGE = re.compile("epochs|max_minutes|inception|evaluation_images|.*_(dir|
 
 
 def save_state(run):
-    """Save all that --resume needs, beside the two newest states."""
+    """Save all that --resume needs, keep the newest three."""
     folder, step = run.settings.checkpoints_dir / "state", int(run.state.step.numpy())
-    for old in sorted(folder.glob("step-*.index"))[:-2]:
-        for part in sorted(folder.glob(f"{old.stem}.*")):  # the .index last: it says what is there
-            remove(part)
     facts = {name: getattr(run, name) for name in ("identity", "history", "position", "seconds")}
     run.state.facts.assign(json.dumps(facts | {"elapsed": time.monotonic() - run.started}))
     run.state.write(str(folder / f"step-{step:09d}"))  # the .index comes last
+    for old in sorted(folder.glob("step-*.index"))[:-3]:
+        for part in sorted(folder.glob(f"{old.stem}.*")):  # the .index last: it says what is there
+            remove(part)
 
 
 def restore_state(run):
@@ -1791,9 +1748,7 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
         draw_curves(run)
         print_last_words(run)
         if signals:
-            again = line_to_type("train --resume", vars(settings))
-            again = again if dataset is None else "train(..., resume=True), with the same images"
-            print(f"\nStopped; all is saved. To go on:\n  {again}")
+            print("\nStopped; all is saved. In a notebook, train(..., resume=True) goes on.")
             raise Stopped(signals[0])
     run.state.average.class_names = data.class_names
     return run.state.average
@@ -1879,9 +1834,8 @@ def begin(settings, dataset, resume):
     run.summaries = tf.summary.create_file_writer(str(settings.samples_dir / "tensorboard"))
     run.done = progress(run)
     print("  epoch seconds  images/s   D loss   G loss     IS      FID classes     left")
-    if not resume:
-        save_state(run)  # so that whatever happens now can be resumed
-    elif run.history and run.position == 0:
+    save_state(run)  # so that whatever happens now can be resumed
+    if run.history and run.position == 0:
         write_epoch(run)  # it may have been killed before
     return run
 
@@ -2078,26 +2032,26 @@ def print_last_words(run):
     if collapsed:
         print(f"\nFew classes, or an FID far above the best, after epoch {', '.join(collapsed)}.")
         print("Larger R1 and R2 or lower learning rates help against collapse.")
+    print(f"\nLook at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
     if best and kept.exists():
-        print("\nBest: FID {fid:.3f} after epoch {epoch}, kept in".format(**best), kept)
-    print(f"Look at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
-    print("Draw more:", line_to_type("generate", vars(run.settings)))
+        print("Best: FID {fid:.3f} after epoch {epoch}. Draw more with it:".format(**best))
+        print("  " + line_to_type("generate", "--checkpoint", str(kept)))
 
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-REPORT = """
-Inception score | {inception_score:.3f} ± {inception_score_std:.3f} | higher is better
-FID             | {fid:.3f} | 0 and up, lower is better
-KID             | {kid:.5f} ± {kid_std:.5f} | about 0 for real ones, lower is better
-precision       | {precision:.3f} | 0 to 1, look real, higher is better
-recall          | {recall:.3f} | 0 to 1, data drawn, higher is better
-density         | {density:.3f} | about 1 for real ones, higher is better
-coverage        | {coverage:.3f} | 0 to 1, data met, higher is better
-classes covered | {classes_covered:d} | by a tenth of an even share or more
-divergence      | {class_divergence:.4f} nats | of class shares, 0 is best
-memorisation    | {memorisation:.3f} | 1: new as test images, to 0: copies
-"""
+REPORT = {
+    "inception_score": "higher is better",
+    "fid": "0 and up, lower is better",
+    "kid": "about 0 for real images, lower is better",
+    "precision": "0 to 1, look real, higher is better",
+    "recall": "0 to 1, data drawn, higher is better",
+    "density": "about 1 for real images, higher is better",
+    "coverage": "0 to 1, data met, higher is better",
+    "classes_covered": "by a tenth of an even share or more",
+    "class_divergence": "nats from the data's shares, 0 is best",
+    "memorisation": "1: new as test images, to 0: copies",
+}
 
 
 def train_command(settings, options):
@@ -2172,17 +2126,20 @@ def drawn_to_measure(path, dataset, count, settings):
 
 def report(metrics):
     """Return evaluate's table; what cannot be had is left out."""
-    lines = ["{images:,} images of {measured}", "against {dataset}, measured by {inception}"]
+    lines = [
+        f"{metrics['images']:,} images of {metrics['measured']}",
+        f"against {metrics['dataset']}, measured by {metrics['inception']}",
+    ]
     if metrics["accuracy"] < TRUSTED_ACCURACY:
-        lines.append("which reads only {accuracy:.0%} of unseen images: the numbers mean little")
-    lines = [line.format(**metrics) for line in [*lines, ""]]
-    for line in REPORT.strip().splitlines():
-        name, value, words = line.split(" | ")
-        if metrics.get(re.search(r"\w+", value)[0]) is not None:
-            lines.append(f"{name} {value.format(**metrics):18} {words}")
+        reads = f"reads only {metrics['accuracy']:.0%} of unseen images"
+        lines.append(f"which {reads}: the numbers mean little")
+    lines.append("")
+    for name, words in REPORT.items():
+        if metrics.get(name) is not None:
+            lines.append(f"{name:18} {metrics[name]:8.4g}  {words}")
     for number, distance in enumerate(metrics.get("fid_per_class", [])):
         name, share = metrics["class_names"][number], metrics["class_shares"][number]
-        lines.append(f"class {name:<10} share {share:.3f}, FID {distance or math.nan:.3f}")
+        lines.append(f"class {name:<12} {distance or math.nan:8.4g}  FID, share {share:.3f}")
     return "\n".join([*lines, f"\nBeside the nearest training images: {metrics['page']}"])
 
 
@@ -2211,8 +2168,9 @@ RUN = {
 
 def main(words=None):
     """Run the command line; return the exit status."""
+    words = list(map(str, sys.argv[1:] if words is None else words))
     try:
-        command, settings, options = parse_command_line(sys.argv[1:] if words is None else words)
+        command, settings, options = parse_command_line(words)
         if not tf.config.list_physical_devices("GPU"):  # where not all operations can be that
             tf.config.experimental.enable_op_determinism()
         RUN[command](settings, options)
@@ -2220,6 +2178,8 @@ def main(words=None):
     except UsageError as error:
         return refuse(error, 2)
     except Stopped as stop:
+        flags = [word for word in words if word not in ("train", "--resume")]
+        print("To go on:\n  " + line_to_type("train", "--resume", *flags))
         return 128 + stop.args[0]
     except BrokenPipeError:  # as by `evaluate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

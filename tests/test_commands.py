@@ -229,8 +229,8 @@ def test_evaluate_says_each_number_in_words_within_80_columns(measured):
     assert result.out.startswith("30 images of mine\nagainst segments.npz, measured by ")
     lines = result.out.splitlines()
     assert max(map(len, lines)) <= 80
-    for name in ("Inception score", "FID", "KID", "precision", "recall", "density", "coverage"):
-        (line,) = [line for line in lines if line.startswith(name)]
+    for name in ("inception_score", "fid", "kid", "precision", "recall", "density", "coverage"):
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
         assert "better" in line, line
 
 
@@ -400,3 +400,15 @@ def test_what_cannot_be_drawn_measured_or_learnt_is_refused_in_one_line(
     assert last.status == 0
     with np.load(tmp_path / "x.npz") as arrays:
         assert arrays.files == ["images"] and arrays["images"].shape == (3, 28, 28, 1)
+
+
+def test_a_named_generator_is_enough_where_the_shipped_one_is_missing(
+    tmp_path, monkeypatch, capsys
+):
+    shutil.copy(WEIGHTS / SHIPPED, tmp_path / "mine.h5")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gan_mnist, "SHIPPED_GENERATOR", tmp_path / "missing.h5")
+    assert gan_mnist.main(["generate", "--count", "2"]) == 2
+    assert "no generator yet" in capsys.readouterr().err
+    words = ["generate", "--checkpoint", "mine.h5", "--count", "2", "--output", "two.png"]
+    assert gan_mnist.main(words) == 0 and (tmp_path / "two.png").exists()

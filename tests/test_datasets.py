@@ -264,12 +264,6 @@ def an_empty_folder(folder):
     return folder, ["no picture"]
 
 
-def an_empty_class(folder):
-    write_pictures(folder / "cats", COLOURED)
-    (folder / "dogs").mkdir()
-    return folder, ["dogs", "no picture"]
-
-
 def pictures_beside_folders(folder):
     write_pictures(folder / "cats", GREY[:3])
     Image.fromarray(GREY[3]).save(folder / "stray.png")
@@ -330,7 +324,7 @@ def nothing(folder):
 
 
 REJECTED = [
-    *(an_empty_folder, an_empty_class, pictures_beside_folders, not_square, too_small),
+    *(an_empty_folder, pictures_beside_folders, not_square, too_small),
     *(a_truncated_picture, an_enormous_picture, a_16_bit_picture, a_program_for_a_picture),
     *(an_npz_bomb, an_npz_with_a_text, a_text_file, nothing),
 ]
@@ -392,13 +386,6 @@ def test_a_pickle_is_rejected_and_never_run(tmp_path):
         with pytest.raises(gan_mnist.UsageError, match=name):
             load(tmp_path / name)
     assert not (tmp_path / "made").exists()
-
-
-def test_arrays_that_would_become_too_large_are_rejected_first(monkeypatch):
-    monkeypatch.setattr(gan_mnist, "LARGEST_DATASET", COLOURED.size)
-    assert len(gan_mnist.as_images(COLOURED, "mine", SETTINGS)) == 60
-    with pytest.raises(gan_mnist.UsageError, match="bytes"):
-        gan_mnist.as_images(COLOURED, "mine", gan_mnist.Settings(image_size=9))
 
 
 def test_training_on_fewer_images_than_a_batch_is_rejected_before_anything_is_written(

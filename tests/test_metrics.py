@@ -223,9 +223,8 @@ def test_two_images_are_enough_for_every_metric(random):
     assert fid(few, real) > 0
     assert np.isfinite(kernel_inception_distance(few, real)).all()
     for metric in (precision_recall, density_coverage):
-        assert np.isfinite(metric(few, real, 1)).all()
-        with pytest.raises(ValueError, match="out of bounds"):
-            metric(few, real, 2)
+        for neighbours in (1, 9):  # lowered to 1, too
+            assert np.isfinite(metric(few, real, neighbours)).all()
 
 
 # ----- Classes

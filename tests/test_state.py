@@ -536,7 +536,7 @@ def test_only_measurements_of_as_many_images_are_compared(quick, tmp_path, monke
     quick += [(10, 3.0), (10, 2.0), (10, 4.0)]
     train(tmp_path, 5, resume=True, evaluation_images=200)
     out = capsys.readouterr().out
-    assert "Best: FID 2.000 after epoch 4," in out and "COLLAPSED" not in out
+    assert "Best: FID 2.000 after epoch 4." in out and "COLLAPSED" not in out
     assert np.array_equal(best_weights(tmp_path), epoch_weights(tmp_path, 4))
 
 
@@ -554,11 +554,11 @@ def test_the_best_of_an_epoch_that_the_clock_ended_stays_a_row_of_the_table(
         )
         train(tmp_path, 4)
     first = (tmp_path / "samples" / "metrics.csv").read_text()
-    assert "Best: FID 1.000 after epoch 2," in capsys.readouterr().out
+    assert "Best: FID 1.000 after epoch 2." in capsys.readouterr().out
     quick += [(10, 3.0), (10, 2.0)]
     train(tmp_path, 4, resume=True)
     assert (tmp_path / "samples" / "metrics.csv").read_text().startswith(first)
-    assert "Best: FID 1.000 after epoch 2," in capsys.readouterr().out
+    assert "Best: FID 1.000 after epoch 2." in capsys.readouterr().out
     assert np.array_equal(best_weights(tmp_path), epoch_weights(tmp_path, 2))
 
 
