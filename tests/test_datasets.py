@@ -591,3 +591,20 @@ def test_the_curves_leave_out_epochs_that_were_not_measured(tmp_path):
         gan_mnist.save_metrics_plot(path, history[:number], "title", tuple("0123456789"))
         with Image.open(path) as picture:
             assert picture.size == (1100, 750)
+
+
+def test_the_axis_of_the_fid_has_plain_numbers_in_a_short_run(tmp_path, monkeypatch):
+    figures = []
+
+    class Kept(gan_mnist.Figure):
+        def savefig(self, path):
+            super().savefig(path)
+            figures.append(self)
+
+    monkeypatch.setattr(gan_mnist, "Figure", Kept)
+    names = "epoch discriminator_loss generator_loss inception_score fid class_shares".split()
+    values = ((1, 0.6, 0.8, 8.0, 3.4, [0.1] * 10), (2, 0.5, 0.9, 9.0, 1.6, [0.1] * 10))
+    history = [dict(zip(names, row, strict=True)) for row in values]
+    gan_mnist.save_metrics_plot(tmp_path / "plot.png", history, "title", tuple("0123456789"))
+    labels = [text.get_text() for text in figures[0].axes[2].yaxis.get_ticklabels(which="both")]
+    assert {"1", "2", "5"} <= set(labels) and not any("$" in label for label in labels)
