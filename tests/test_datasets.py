@@ -607,4 +607,4 @@ def test_the_axis_of_the_fid_has_plain_numbers_in_a_short_run(tmp_path, monkeypa
     history = [dict(zip(names, row, strict=True)) for row in values]
     gan_mnist.save_metrics_plot(tmp_path / "plot.png", history, "title", tuple("0123456789"))
     labels = [text.get_text() for text in figures[0].axes[2].yaxis.get_ticklabels(which="both")]
-    assert {"1", "2", "5"} <= set(labels) and not any("$" in label for label in labels)
+    assert len(labels) > 2 and all(float(label) > 0 for label in labels)  # no $10^0$

@@ -271,6 +271,7 @@ def test_imagenets_network_gets_images_as_keras_prepares_them(imagenet):
     assert ruler.name == "imagenet_keras_inception_v3" and ruler.covariance.shape == (3, 3)
 
 
+@pytest.mark.slow
 def test_imagenets_network_reads_no_classes_of_mnist(imagenet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, labels = synthetic_digits(100)

@@ -232,6 +232,7 @@ def test_real_mnist_is_measured_by_the_shipped_ruler(mnist, tmp_path):
     assert 1 < float(row["fid"]) < 1000 and 1 <= int(row["classes_covered"]) <= 10
 
 
+@pytest.mark.slow
 def test_offline_with_an_empty_cache_a_run_goes_on_with_a_stand_in_named_so(tmp_path):
     (tmp_path / "run").mkdir()
     result = run(

@@ -247,6 +247,7 @@ with gan_mnist.replacing(paths[0]) as file, gan_mnist.replacing(paths[1]) as fol
     assert files_in(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_storm_of_signals_breaks_nothing(tmp_path):
     # Without a stack of their own they may break the heap: see signal_stack.py.
     code = f"""

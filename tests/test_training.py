@@ -246,6 +246,7 @@ def test_auto_is_bfloat16_where_the_hardware_multiplies_it(
     assert gan_mnist.choose_precision(settings) == chosen
 
 
+@pytest.mark.slow
 def test_two_mirrored_devices_train_an_epoch_on_every_image(tmp_path):
     done = run_code(MIRRORED, cwd=tmp_path, PYTHONPATH=ROOT / "tests")
     assert done.status == 0, done.err
