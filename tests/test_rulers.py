@@ -88,6 +88,7 @@ def test_the_shipped_files_are_small_and_the_network_has_its_branches():
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*")) < 10_000_000
 
 
+@pytest.mark.slow
 def test_the_shipped_statistics_are_those_of_the_training_images(ruler, real_features):
     for shipped, ours in (
         (ruler.mean, real_features.mean(axis=0)),
@@ -163,6 +164,7 @@ def test_the_nearest_training_image_to_a_training_image_is_itself(part_of_mnist)
     assert metrics["nearest"] == chosen[:20].tolist() and metrics["memorisation"] < 0.01
 
 
+@pytest.mark.slow
 def test_the_order_of_images_changes_no_metric(part_of_mnist, test_images, mnist):
     images, labels = test_images[:2000], mnist[3][:2000]
     by_class = np.argsort(labels, kind="stable")

@@ -248,6 +248,7 @@ def test_an_edited_constant_means_what_its_flag_would(name, line, meant, tmp_pat
     assert f"[{program.as_text(getattr(program, name))}]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_program_edited_all_over_trains(tmp_path, digits_npz):
     copy = edited(
         tmp_path,
