@@ -2269,7 +2269,8 @@ def main(words=None):
     except UsageError as error:
         return refuse(error, 2)
     except Stopped as stop:
-        flags = [word for word in words if word not in ("train", "--resume")]
+        typed = words[1:] if words[:1] == ["train"] else words
+        flags = [word for word in typed if word != "--resume"]
         print("To go on:\n  " + line_to_type("train", "--resume", *flags))
         return 128 + stop.args[0]
     except BrokenPipeError:  # as by `evaluate | head`

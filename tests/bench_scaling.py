@@ -78,14 +78,19 @@ def free_ports(count):
     return ports
 
 
+def tf_config(ports, index):
+    """Return the TF_CONFIG of one of as many workers on this machine as there are ports."""
+    cluster = {"worker": [f"localhost:{port}" for port in ports]}
+    return json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+
+
 def measure(shape, flags, replicas, workers, share, calls):
     """Return what CODE prints of a step: seconds, images, gradients' bytes, bytes sent, waits."""
-    cluster = {"worker": [f"localhost:{port}" for port in free_ports(workers)]}
+    ports = free_ports(workers)
     argument = json.dumps([shape, replicas, share, calls, *flags])
     processes = []
     for index in range(max(1, workers)):
-        place = {"cluster": cluster, "task": {"type": "worker", "index": index}}
-        config = {"TF_CONFIG": json.dumps(place)} if workers else {}
+        config = {"TF_CONFIG": tf_config(ports, index)} if workers else {}
         words = [sys.executable, "-c", CODE, argument]
         environment = os.environ | config
         processes.append(

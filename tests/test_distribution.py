@@ -3,13 +3,13 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from bench_scaling import free_ports, tf_config
 from conftest import ROOT, Result, command, environment, files_in, rows, run, run_code
 
 import gan_mnist
@@ -69,20 +69,6 @@ QUICK = (
     *("--batch-size", 100, "--minibatch-std", "false", "--shift", 0, "--r1", 0, "--r2", 0),
     *("--evaluate-every", 1000),
 )
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def tf_config(ports, index):
-    """Return the TF_CONFIG of one of as many workers on this machine as there are ports."""
-    cluster = {"worker": [f"localhost:{port}" for port in ports]}
-    return json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
 
 
 def start_workers(words, folders, **changes):

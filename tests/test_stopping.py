@@ -262,3 +262,15 @@ finally:
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), check=True)
     assert len(np.load(tmp_path / "drawn.npz")["images"]) == 30_000
+
+
+def test_the_line_to_go_on_keeps_a_folder_that_is_named_like_the_command(monkeypatch, capsys):
+    def stop(*_):
+        raise gan_mnist.Stopped(signal.SIGINT)
+
+    monkeypatch.setitem(gan_mnist.RUN, "train", stop)
+    flags = ["--samples-dir", "train"]
+    for words in (flags, ["train", *flags], ["train", "--resume", *flags]):
+        assert gan_mnist.main(words) == 130
+        last_line = capsys.readouterr().out.splitlines()[-1]
+        assert shlex.split(last_line) == ["python", "gan_mnist.py", "train", "--resume", *flags]
