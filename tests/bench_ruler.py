@@ -44,13 +44,14 @@ def main():
         sys.exit("This needs MNIST.")
     dataset = gan_mnist.load_dataset(gan_mnist.Settings())
     ruler = gan_mnist.load_ruler(gan_mnist.Settings(), dataset)
+    real = gan_mnist.real_statistics(ruler, dataset)
     features, probabilities = gan_mnist.measure(ruler, dataset.test_images)
     accuracy = (probabilities.argmax(axis=1) == arrays[3]).mean()
     print(f"{ruler.name}: {accuracy:.2%} of the test images read right\n")
     print("| images | IS | FID | classes | seconds |\n|---|---|---|---|---|")
     for name, images in image_sets(arrays):
         start = time.monotonic()
-        metrics = gan_mnist.quick_metrics(ruler, *gan_mnist.measure(ruler, images))
+        metrics = gan_mnist.quick_metrics(ruler, real, *gan_mnist.measure(ruler, images))
         values = "{inception_score:.3f} | {fid:.3f} | {classes_covered}".format(**metrics)
         print(f"| {name} | {values} | {time.monotonic() - start:.2f} |")
     print("\n| test images | FID, mean of 10 draws | standard deviation |\n|---|---|---|")
@@ -60,7 +61,7 @@ def main():
         for _ in range(10):
             some = features[random.permutation(len(features))[:count]]
             statistics = gan_mnist.feature_statistics(some)
-            distances.append(gan_mnist.frechet_distance(*statistics, ruler.mean, ruler.covariance))
+            distances.append(gan_mnist.frechet_distance(*statistics, *real))
         print(f"| {count:,} | {np.mean(distances):.3f} | {np.std(distances):.3f} |")
 
 
