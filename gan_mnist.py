@@ -67,12 +67,9 @@ CHECKPOINT_EVERY = 10  # epochs between numbered .h5 files
 # It stands before TensorFlow is imported, so that --help and a mistyped flag need not wait for it.
 
 import argparse
-import contextlib
 import csv
-import dataclasses
 import faulthandler
 import functools
-import hashlib
 import io
 import json
 import linecache
@@ -88,11 +85,14 @@ import socket
 import sys
 import tempfile
 import textwrap
-import time
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import make_dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple
 
-with contextlib.suppress(ImportError):  # Windows has no such locks
+with suppress(ImportError):  # Windows has no such locks
     import fcntl
 
 PROGRAM = Path(globals().get("__file__", "gan_mnist.py"))  # a notebook's cell has no file
@@ -160,7 +160,7 @@ def in_words(allowed):
 def read_value(allowed, label, given):
     """Return a value or its text as `allowed` says. Raises UsageError that names `label`."""
     text = as_text(given)
-    with contextlib.suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError):
         match allowed:
             case "true or false":
                 return {"true": True, "false": False}[text.lower()]
@@ -193,7 +193,7 @@ def check_settings(settings):
         object.__setattr__(settings, name, read_value(allowed, label, getattr(settings, name)))
 
 
-Settings = dataclasses.make_dataclass(
+Settings = make_dataclass(
     "Settings",
     [(name, object, as_text(globals().get(name.upper(), ""))) for name in ALLOWED],
     frozen=True,
@@ -292,7 +292,7 @@ def remove(path):
 
 if __name__ == "__main__":
     WORDS = sys.argv[1:] if "__file__" in globals() else []  # pasted into a notebook: train
-    with contextlib.suppress(AttributeError):  # a notebook's stream has no such method
+    with suppress(AttributeError):  # a notebook's stream has no such method
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     if not hasattr(sys, "ps1"):  # a notebook's session keeps its own handlers
         # This also gives signals a stack of their own: on the usual one they broke the heap when
@@ -348,7 +348,7 @@ HARMLESS = set(
 )
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(path):
     """Give a temporary path for a file or folder; sync it and rename it to `path` when written."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,14 +382,14 @@ def make_writable(folder):
         raise UsageError(f"cannot write into {str(folder)!r}: {error}") from None
 
 
-@contextlib.contextmanager
+@contextmanager
 def holding(*folders):
     """Make folders and hold them for this process.
 
     The folder itself is locked: there is no lock file that could be deleted. Raises UsageError
     where a folder cannot be written into or another process holds it.
     """
-    with contextlib.ExitStack() as held:
+    with ExitStack() as held:
         for folder in set(folders):
             make_writable(folder)
             try:
@@ -489,7 +489,7 @@ def load_mnist():
     Raises RunError or OSError where neither has it.
     """
     path = keras_home() / "datasets" / "mnist.npz"
-    with contextlib.suppress(UsageError):  # missing or damaged
+    with suppress(UsageError):  # missing or damaged
         return read_mnist(path)
     with replacing(path) as partial, downloading():
         keras.utils.get_file(partial.name, MNIST_URL, cache_dir=keras_home())
@@ -500,17 +500,17 @@ def read_mnist(path):
     """Return MNIST's four arrays. Raises UsageError for any other bytes."""
     arrays = read_arrays(path)
     found = [arrays.get(name, b"") for name in ("x_train", "y_train", "x_test", "y_test")]
-    if hashlib.sha256(b"".join(found)).hexdigest() != MNIST_DIGEST:
+    if sha256(b"".join(found)).hexdigest() != MNIST_DIGEST:
         raise UsageError(f"{path} is not MNIST")
     return found
 
 
-@contextlib.contextmanager
+@contextmanager
 def downloading():
     """Give Keras' downloads a time limit, no progress bar in a log file, and one kind of error."""
     socket.setdefaulttimeout(STALL_SECONDS)
     try:
-        with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else io.StringIO()):
+        with redirect_stdout(sys.stdout if sys.stdout.isatty() else io.StringIO()):
             yield
     except Exception as error:  # Keras raises bare ones
         raise RunError(f"cannot download into {keras_home()}: {error}") from None
@@ -588,7 +588,7 @@ def as_dataset(data, settings):
         if len(labels) != len(images) or len(found) > 256:
             has = f"{len(labels):,} labels of {len(found)} classes, 256 at most"
             raise UsageError(f"{name} has {len(images):,} images, but {has}")
-        class_names = class_names or tuple(map(str, found))
+        class_names = tuple(str(class_names[x] if class_names else x) for x in found)
         labels = labels.astype(np.uint8)
     return Dataset(images, labels, name, unseen, class_names)
 
@@ -598,7 +598,7 @@ def as_images(images, name, settings):
     images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., np.newaxis]
-    if images.dtype == np.uint8 and images.shape[3:] in [(1,), (3,)]:
+    if images.size and images.dtype == np.uint8 and images.shape[3:] in [(1,), (3,)]:
         if settings.image_size or settings.image_colour != "auto":
             images = np.stack([fit_picture(as_picture(image), settings) for image in images])
         if 4 <= images.shape[1] == images.shape[2]:
@@ -610,7 +610,7 @@ def as_images(images, name, settings):
 def fingerprint(dataset):
     """Return a line that tells a data set from any other, whatever it is called."""
     images, labels, *_ = dataset
-    digest = hashlib.sha256(np.ascontiguousarray(images))
+    digest = sha256(np.ascontiguousarray(images))
     if labels is not None:
         digest.update(labels)
     return f"{len(images):,} images of {images.shape[1:]}, SHA-256 {digest.hexdigest()[:16]}"
@@ -700,7 +700,9 @@ def with_minibatch_std(features):
 
     Halves the FID without classes and lowers it by a third with them.
     """
-    _, variance = ops.moments(features, axes=0, synchronized=replicas() > 1)
+    variance = ops.var(features, axis=0)
+    if replicas() > 1:
+        _, variance = ops.moments(features, axes=0, synchronized=True)
     # 1e-8: the root of equal images' variance, 0, has no finite slope.
     spread = ops.mean(ops.sqrt(variance + 1e-8))
     column = spread + ops.zeros_like(features[:, :1])
@@ -805,7 +807,7 @@ def compile_training(state, dataset, settings):
     A row has the numbers of a batch's images. It returns the steps' losses (steps, 2): the
     discriminator's, the generator's.
     """
-    strategy, size = state.generator.distribute_strategy, settings.batch_size
+    strategy = state.generator.distribute_strategy
     images = tf.constant(dataset.images)  # all of them on the device, a byte a pixel
     labels = tf.constant(
         dataset.labels if settings.conditional else np.zeros(len(images)), tf.int32
@@ -825,7 +827,9 @@ def compile_training(state, dataset, settings):
         state.step.assign_add(1)
         return strategy.reduce("MEAN", losses, axis=None)
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec((None, size), tf.int64)])
+    shape = (None, settings.batch_size)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec(shape, tf.int64)])
     def train(batches):
         losses = tf.map_fn(step, batches, fn_output_signature=tf.float32)
         update_average(state, tf.shape(batches)[0], settings.ema_decay)
@@ -1215,8 +1219,8 @@ def cubic_kernel(one, two):
 def precision_recall(real_features, generated_features, neighbours=3):
     """Return improved precision and recall, each 0 to 1, higher is better (arXiv 1904.06991).
 
-    The share of generated features (N, F) within any ball around a real one that reaches its k-th
-    neighbour, and the reverse; k is lowered where there are too few.
+    The share of generated features (N, F), N above k, within any ball around a real one that
+    reaches its k-th neighbour, and the reverse.
     """
     precise = within_balls(generated_features, real_features, neighbours).any(axis=1)
     recalled = within_balls(real_features, generated_features, neighbours).any(axis=1)
@@ -1365,8 +1369,8 @@ def load_ruler(settings, dataset):
             path = kept_inception(load_dataset(Settings(dataset="mnist")))
         network = load_keras(path)
         # Another network has another name: under it, FID is another number.
-        name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-        print(f"Measured by {name}, which reads {network.about['accuracy']:.1%} of unseen images.")
+        name = f"{path.stem}_{sha256(path.read_bytes()).hexdigest()[:8]}"
+        print(f"Measured by {name}, which reads {network.about['accuracy']:.2%} of unseen images.")
     return Ruler(name, taking(network, dataset.images.shape[1:]), reads)
 
 
@@ -1405,7 +1409,7 @@ def measure(ruler, images):
 def real_statistics(ruler, dataset):
     """Return mean and covariance of the data's features; for MNIST they are shipped."""
     if dataset.name == "mnist" and ruler.name.startswith(SHIPPED_INCEPTION.stem):
-        return tuple(read_arrays(SHIPPED_INCEPTION.with_suffix(".npz")).values())
+        return read_arrays(SHIPPED_INCEPTION.with_suffix(".npz")).values()
     return feature_statistics(measure(ruler, dataset.images)[0])
 
 
@@ -1480,18 +1484,21 @@ MAY_CHANGE = """
 """.split()
 
 
-def saved_states(run):
-    """Return the keeper of the newest three states."""
-    folder = run.settings.checkpoints_dir / "state"
-    return tf.train.CheckpointManager(run.state, folder, max_to_keep=3, checkpoint_name="step")
+def saved_states(settings):
+    """Return the paths of the states that are kept, oldest first."""
+    return sorted(settings.checkpoints_dir.glob("state/step-*.index"))
 
 
 def save_state(run):
-    """Save all that --resume needs."""
+    """Save all that --resume needs, keep the newest three."""
     facts = {name: getattr(run, name) for name in ("identity", "history", "losses", "seconds")}
-    facts["elapsed"] = time.monotonic() - run.started
+    facts["elapsed"] = monotonic() - run.started
     run.state.facts.assign(json.dumps(facts))
-    saved_states(run).save(int(run.state.step))
+    step = run.state.step.numpy()
+    run.state.write(run.settings.checkpoints_dir / f"state/step-{step:09d}")  # the .index last
+    for old in saved_states(run.settings)[:-3]:
+        for part in sorted(old.parent.glob(f"{old.stem}.*")):  # the .index last, too
+            remove(part)
 
 
 def restore_state(run):
@@ -1499,13 +1506,20 @@ def restore_state(run):
 
     Raises UsageError where settings or data differ, RunError where no state can be read.
     """
-    for path in reversed(saved_states(run).checkpoints):
+    for index in reversed(saved_states(run.settings)):
+        path = str(index.with_suffix(""))
         try:
             facts = json.loads(tf.train.load_variable(path, "facts/.ATTRIBUTES/VARIABLE_VALUE"))
-            refuse_changes(facts["identity"], run.identity)
-            run.state.restore(path).assert_consumed()
+            changed = [
+                f"{name} was {was}, is {run.identity[name]}"
+                for name, was in facts["identity"].items()
+                if was != run.identity[name] and name not in MAY_CHANGE
+            ]
+            if changed:
+                raise UsageError("this cannot change on --resume: " + "; ".join(changed))
+            run.state.read(path).assert_consumed()
             run.history, run.losses = facts["history"], facts["losses"]
-            run.seconds, run.started = facts["seconds"], time.monotonic() - facts["elapsed"]
+            run.seconds, run.started = facts["seconds"], monotonic() - facts["elapsed"]
             return
         except UsageError:
             raise
@@ -1513,17 +1527,6 @@ def restore_state(run):
             print(f"{path} is damaged or of another version.")
     folder = run.settings.checkpoints_dir
     raise RunError(f"no state in {folder} can be read; nothing was changed")
-
-
-def refuse_changes(before, now):
-    """Raise UsageError that names what differs between two sessions of a run."""
-    changed = [
-        f"{name} was {was}, is {now[name]}"
-        for name, was in before.items()
-        if was != now[name] and name not in MAY_CHANGE
-    ]
-    if changed:
-        raise UsageError("this cannot change on --resume: " + "; ".join(changed))
 
 
 def set_aside(settings):
@@ -1563,7 +1566,7 @@ class Run:
         self.state = new_state(settings, dataset, strategy)
         self.train_steps = compile_training(self.state, dataset, settings)
         self.steps_per_epoch = len(dataset.images) // settings.batch_size
-        self.started = time.monotonic()  # as if the run had never paused
+        self.started = monotonic()  # as if the run had never paused
         self.history = []  # a row (a dict) an epoch
         self.losses = []  # of the steps in the epoch at hand: the discriminator's, the generator's
         self.seconds = 0.0  # that these steps took
@@ -1580,7 +1583,7 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
     use_threads_well()
     settings = settings or Settings()
     strategy = choose_strategy(settings)
-    if resume and not any(settings.checkpoints_dir.glob("state/step-*.index")):
+    if resume and not saved_states(settings):
         raise UsageError(f"there is nothing to resume in {settings.checkpoints_dir}")
     settings, data = fitting(settings, epochs, dataset)
     with own_folders(settings, strategy, resume) as settings, noted_signals() as signals:
@@ -1605,7 +1608,7 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
 
 def use_threads_well():
     """Tell TensorFlow what suits small products, unless this process has used it before."""
-    with contextlib.suppress(RuntimeError):
+    with suppress(RuntimeError):
         # Two products side by side on half the cores each: a third less time a step than one
         # after the other on all of them.
         tf.config.threading.set_inter_op_parallelism_threads(2)
@@ -1633,7 +1636,7 @@ def choose_strategy(settings):
     return strategy
 
 
-@contextlib.contextmanager
+@contextmanager
 def own_folders(settings, strategy, resume):
     """Give the chief's settings; the other workers get folders that nobody looks into.
 
@@ -1644,10 +1647,10 @@ def own_folders(settings, strategy, resume):
             yield settings
         return
     print("Another worker is the chief, which prints and saves it all.")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         if resume:
             shutil.copytree(settings.checkpoints_dir / "state", f"{folder}/state")
-        yield dataclasses.replace(settings, samples_dir=folder, checkpoints_dir=folder)
+        yield replace(settings, samples_dir=folder, checkpoints_dir=folder)
 
 
 def fitting(settings, epochs, dataset):
@@ -1657,23 +1660,23 @@ def fitting(settings, epochs, dataset):
         raise UsageError(f"{data.name} has fewer images than --batch-size {settings.batch_size}")
     if settings.conditional and data.labels is None:
         print(f"{data.name} has no labels: training without classes.\n")
-        settings = dataclasses.replace(settings, conditional=False)
+        settings = replace(settings, conditional=False)
     if epochs is not None:
-        settings = dataclasses.replace(settings, epochs=epochs)
+        settings = replace(settings, epochs=epochs)
     return settings, data
 
 
-@contextlib.contextmanager
+@contextmanager
 def noted_signals():
     """Give a list that gets the first signal; the next one does what it did before."""
-    noted, undo = [], contextlib.ExitStack()
+    noted, undo = [], ExitStack()
 
     def note(kind, _):
         noted.append(kind)
         undo.close()
 
     with undo:
-        with contextlib.suppress(ValueError):  # only the main thread may have handlers
+        with suppress(ValueError):  # only the main thread may have handlers
             for kind in SIGNALS:
                 undo.callback(signal.signal, kind, signal.signal(kind, note))
         yield noted
@@ -1719,7 +1722,7 @@ def agree(run):
     must take the same steps.
     """
     epochs = len(run.history) + len(run.losses) / run.steps_per_epoch
-    minutes = (time.monotonic() - run.started) / 60
+    minutes = (monotonic() - run.started) / 60
     limit = run.settings.max_minutes or math.inf
     done = min(1.0, max(epochs / run.settings.epochs, minutes / limit))
     strategy = run.state.generator.distribute_strategy
@@ -1738,10 +1741,10 @@ def train_epoch(run):
         pace = min(1.0, (1 - run.done) / max(1 - settings.decay_from, 1e-9))
         state.generator_optimizer.learning_rate = pace * settings.generator_learning_rate
         state.discriminator_optimizer.learning_rate = pace * settings.discriminator_learning_rate
-        start, first = time.monotonic(), len(run.losses)
+        start, first = monotonic(), len(run.losses)
         losses = run.train_steps(batches[first : first + STEPS_PER_CALL])
         run.losses += losses.numpy().tolist()  # waits for the steps
-        run.seconds += time.monotonic() - start
+        run.seconds += monotonic() - start
         agree(run)
         bar.update(len(run.losses), finalize=False)
     refuse_bad_numbers(run)
@@ -1753,7 +1756,7 @@ def refuse_bad_numbers(run):
     numbers = [run.losses, *state.generator.get_weights(), *state.discriminator.get_weights()]
     if not all(np.isfinite(part).all() for part in numbers):
         advice = "try lower learning rates; the last good state and .h5 files are kept"
-        raise RunError(f"losses or weights are not finite at step {int(state.step)}: {advice}")
+        raise RunError(f"losses or weights are not finite at step {state.step.numpy()}: {advice}")
 
 
 def measure_epoch(run):
@@ -1762,7 +1765,7 @@ def measure_epoch(run):
     discriminator_loss, generator_loss = np.mean(run.losses, axis=0).tolist()
     row = {
         "epoch": len(run.history) + 1,
-        "step": int(run.state.step),
+        "step": int(run.state.step.numpy()),
         "seconds": round(run.seconds, 3),
         "images_per_second": round(len(run.losses) * settings.batch_size / run.seconds),
         "discriminator_loss": discriminator_loss,
@@ -1800,7 +1803,7 @@ def print_row(row, run):
     epoch, metrics = f"{row['epoch']}/{run.settings.epochs}", ""
     speed = f"{row['seconds']:7.1f} {row['images_per_second']:9,d}"
     losses = f"{row['discriminator_loss']:8.4f} {row['generator_loss']:8.4f}"
-    left = (time.monotonic() - run.started) * (1 / run.done - 1)
+    left = (monotonic() - run.started) * (1 / run.done - 1)
     note = f"{left // 60:.0f}m {left % 60:02.0f}s"
     if row["fid"] is not None:
         covered = row.get("classes_covered", "-")
@@ -1863,7 +1866,7 @@ def draw_curves(run):
         save_metrics_plot(folder / "metrics.png", history, title, run.dataset.class_names)
     grids = []
     for path in sorted(folder.glob("image_at_epoch_*")):
-        with contextlib.suppress(OSError):  # damaged
+        with suppress(OSError):  # damaged
             grids.append(Image.open(path).copy())
     if grids:
         save_animation(folder / "training.gif", grids, 6)
@@ -1934,7 +1937,7 @@ def generate_command(settings, options):
 def evaluate_command(settings, options):
     """Print every metric of a generator, or of the images in a file or a folder."""
     make_writable(settings.samples_dir)
-    with contextlib.redirect_stdout(sys.stderr):  # --json prints nothing else
+    with redirect_stdout(sys.stderr):  # --json prints nothing else
         dataset = load_dataset(settings)
         path = options.images or options.checkpoint or default_generator(settings)
         if options.images:

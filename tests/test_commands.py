@@ -139,9 +139,9 @@ def test_a_gif_walks_smoothly_and_comes_back(drawn):
     assert max(steps) < far / 2
 
 
-def test_a_folder_gets_one_png_each_named_by_number_and_class(drawn):
+def test_a_folder_gets_one_png_each_named_by_number(drawn):
     names = files_in(drawn[0] / "pictures")
-    assert names[::11] == ["000000_class_0.png", "000011_class_1.png"]
+    assert names == [f"{number:06d}.png" for number in range(12)]
     for name in names:
         assert Image.open(drawn[0] / "pictures" / name).size == (28, 28)
 
@@ -194,16 +194,13 @@ def measured(tiny_run, digits_npz, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluated")
     shutil.copytree(tiny_run[0] / "checkpoints", folder / "checkpoints")
     (folder / "mine").mkdir()
-    images, labels = synthetic_digits(300, seed=5)
-    for number, image in enumerate(images[:30]):
+    for number, image in enumerate(synthetic_digits(30, seed=5)[0]):
         Image.fromarray(image).save(folder / "mine" / f"{number}.png")
-    np.savez(folder / "others.npz", images=images, labels=labels)
     against = ("--dataset", digits_npz, "--inception", "mnist")
     jobs = {
         "generator": ["evaluate", *against, "--json", "--count", 300],
         "data": ["evaluate", *against, "--json", "--count", 300, "--images", digits_npz],
         "mine": ["evaluate", *against, "--images", "mine"],
-        "others": ["evaluate", "--dataset", "others.npz", "--inception", "mnist", "--count", 100],
         "best": ["generate", "--count", 4, "--output", "x.png"],
     }
     batch = [(words, folder) for words in jobs.values()]
@@ -246,13 +243,6 @@ def test_evaluate_prefers_the_data_set_itself_to_a_generator(measured):
     generated, real = (json.loads(measured[1][name].out) for name in ("generator", "data"))
     assert real["fid"] < generated["fid"] / 10 and real["kid"] < generated["kid"] / 10
     assert real["precision"] == 1 or real["precision"] > generated["precision"]
-
-
-def test_evaluate_against_other_data_names_the_data_set_of_the_run(measured, digits_npz):
-    others, own = measured[1]["others"], measured[1]["generator"]
-    assert others.status == 0
-    assert f"learnt from other data: is it --dataset {digits_npz}?" in others.out + others.err
-    assert "other data" not in own.out + own.err
 
 
 def test_generate_says_so_when_the_best_of_the_last_run_draws(measured):
@@ -304,12 +294,12 @@ def test_evaluate_names_the_classes(pets):
     assert classes == ["cats", "dogs"]
 
 
-def test_numbers_of_a_network_that_reads_little_are_marked(pets):
-    shown = re.findall(r"It reads ([\d.]+)% right", pets[1]["train"].out)
-    unsure = float(shown[0]) < 100 * gan_mnist.TRUSTED_ACCURACY
-    assert ("of unseen images: the numbers mean little" in pets[1]["evaluate"].out) == unsure
-    rows = [line for line in pets[1]["train"].out.splitlines() if re.match(r" +\d/2 ", line)]
-    assert len(rows) == 2 and all(("? " in row) == unsure for row in rows)
+def test_each_run_says_what_measured_it_and_how_much_of_unseen_images_that_reads(pets):
+    said = r"Measured by inception_\w+, which reads ([\d.]+)% of unseen images\."
+    (trained,) = re.findall(r"It reads ([\d.]+)% right", pets[1]["train"].out)
+    (training,) = re.findall(said, pets[1]["train"].out)
+    (evaluation,) = re.findall(said, pets[1]["evaluate"].err)
+    assert training == evaluation and float(training) == pytest.approx(float(trained), abs=0.06)
 
 
 def test_a_generator_of_other_classes_than_the_data_names_dataset(pets):
@@ -319,7 +309,6 @@ def test_a_generator_of_other_classes_than_the_data_names_dataset(pets):
 
 def test_few_steps_are_not_called_collapse(pets):
     assert "COLLAPSED" not in pets[1]["train"].out
-    assert "Few classes" not in pets[1]["train"].out
 
 
 # ----- What is refused
@@ -353,9 +342,7 @@ def bad_files(tiny_run, tmp_path_factory):
     Path("ran").unlink()
     os.chdir(before)
 
-    for name, shape in (("two_channels", (14, 28, 2)), ("wide", (14, 56, 1)), ("row", (1, 784, 1))):
-        other = keras.layers.Reshape(shape)(flat)
-        keras.Model(latent, other).save(folder / f"{name}.h5")
+    keras.Model(latent, flat).save(folder / "flat.h5")
     return folder
 
 
@@ -384,7 +371,7 @@ def test_what_cannot_be_drawn_measured_or_learnt_is_refused_in_one_line(
         "less than a batch": ["--dataset", digits_npz, "--batch-size", "5000"],
         "nothing to resume": ["train", "--resume", "--dataset", digits_npz],
         "not an .npz": ["--dataset", ROOT / "requirements.txt"],
-        "a folder without pictures": ["--dataset", ROOT],
+        "a folder without pictures": ["--dataset", ROOT / "tests"],
     }
     for name in [*sorted(path.name for path in bad_files.iterdir()), "missing.h5"]:
         cases[name] = ["generate", "--checkpoint", bad_files / name]

@@ -1,7 +1,6 @@
 """Files from strangers: an .h5 is looked at whole before Keras builds anything from it."""
 
 import json
-import math
 
 import h5py
 import keras
@@ -99,23 +98,13 @@ def test_a_description_of_another_kind_is_rejected_in_one_line(change, described
     assert str(path) in str(refusal.value)
 
 
-@pytest.mark.parametrize("shape", [(1, 784, 1), (14, 56, 1), (56, 14, 1), (4, 4, 2), (784,)])
-def test_what_draws_no_square_pictures_is_no_generator(shape, tmp_path):
+@pytest.mark.parametrize("shape", [(784,), (28, 28), (1, 28, 28, 1)])
+def test_what_draws_no_images_is_no_generator(shape, tmp_path):
     latent = keras.Input((8,))
-    hidden = keras.layers.Dense(math.prod(shape))(latent)
+    hidden = keras.layers.Dense(784)(latent)
     keras.Model(latent, keras.layers.Reshape(shape)(hidden)).save(tmp_path / "other.h5")
-    with pytest.raises(gan_mnist.UsageError, match=r"other\.h5 is not a generator.*square"):
+    with pytest.raises(gan_mnist.UsageError, match=r"other\.h5 is not a generator: .*(784|28)"):
         gan_mnist.load_generator(tmp_path / "other.h5")
-
-
-@pytest.mark.parametrize("name", ["latent", "label"])
-def test_inputs_that_are_text_are_rejected_when_loading_not_when_drawing(name, described):
-    def text(config):
-        (layer,) = [x for x in config["config"]["layers"] if x["config"]["name"] == name]
-        layer["config"]["dtype"] = "string"
-
-    with pytest.raises(gan_mnist.UsageError, match=r"changed\.h5"):
-        gan_mnist.load_generator(described(text))
 
 
 @pytest.mark.parametrize(

@@ -189,13 +189,13 @@ def test_an_h5_whose_description_makes_no_sense(generator_h5, tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A function that gives a run whose state is in a folder, and the folder where it was saved."""
-    state = gan_mnist.new_state(
-        gan_mnist.Settings(**SMALL), gan_mnist.as_dataset((IMAGES, LABELS), small())
-    )
+    data = gan_mnist.as_dataset((IMAGES, LABELS), small())
+    strategy = tf.distribute.get_strategy()
+    state = gan_mnist.new_state(gan_mnist.Settings(**SMALL), data, strategy)
 
     def run_in(folder):
         settings = gan_mnist.Settings(**SMALL, checkpoints_dir=folder)
-        now = {"started": 0.0, "history": [], "position": 0, "seconds": 0.0}
+        now = {"started": 0.0, "history": [], "losses": [], "seconds": 0.0}
         return SimpleNamespace(state=state, settings=settings, identity={"seed": "0"}, **now)
 
     folder = tmp_path_factory.mktemp("saved")
@@ -203,16 +203,16 @@ def saved(tmp_path_factory):
     return run_in, folder
 
 
-@pytest.mark.parametrize("ending", ["index", "data-00000-of-00001"])
-def test_a_mangled_state(ending, saved, tmp_path):
+@pytest.mark.parametrize("name", ["step-0.index", "step-0.data-00000-of-00001", "checkpoint"])
+def test_a_mangled_state(name, saved, tmp_path):
     run_in, whole = saved
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    name = f"state/step-000000000.{ending}"
 
     @tried
     @hypothesis.given(st.lists(EDIT, min_size=1, max_size=4))
     def try_one(edits):
-        (tmp_path / name).write_bytes(mangled((whole / name).read_bytes(), edits))
+        sound = (whole / "state" / name).read_bytes()
+        (tmp_path / "state" / name).write_bytes(mangled(sound, edits))
         with refusing(tmp_path, gan_mnist.UsageError, gan_mnist.RunError):
             gan_mnist.restore_state(run_in(tmp_path))
 

@@ -19,6 +19,7 @@ from conftest import (
     contents,
     environment,
     files_in,
+    new_state,
     run,
     run_code,
     small,
@@ -115,7 +116,7 @@ def test_runs_killed_very_often_resume_to_the_same_bytes(seed, long_run, tmp_pat
 def test_what_a_killed_run_left_half_written_is_removed(quick, tmp_path):
     train(tmp_path, 1)
     left = ["samples/.metrics.9.partial.csv", "made/.generator_latest.9.partial.h5"]
-    left += ["made/state/step-000000009_temp/part-00000-of-00001.index.tempstate9"]
+    left += ["made/state/step-9_temp/part-00000-of-00001.index.tempstate9"]
     for name in left:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("half")
@@ -128,14 +129,14 @@ def test_what_a_killed_run_left_half_written_is_removed(quick, tmp_path):
 
 @pytest.fixture(scope="module")
 def a_state():
-    return gan_mnist.new_state(gan_mnist.Settings(**TINY), DATA)
+    return new_state(gan_mnist.Settings(**TINY), DATA)
 
 
 @pytest.fixture
 def states(a_state, tmp_path):
     """A function that gives a run as a new session finds it; its states are 5, 10 and 15."""
     settings = gan_mnist.Settings(**TINY, checkpoints_dir=tmp_path)
-    now = {"identity": {"seed": "0"}, "started": 0.0, "history": [], "position": 0, "seconds": 0.0}
+    now = {"identity": {"seed": "0"}, "started": 0.0, "history": [], "losses": [], "seconds": 0.0}
 
     def begin():
         return SimpleNamespace(state=a_state, settings=settings, **now)
@@ -154,33 +155,37 @@ def flip(path, place):
     path.write_bytes(data)
 
 
-DATA_FILE, INDEX = "step-000000015.data-00000-of-00001", "step-000000015.index"
 DAMAGES = {
-    "truncated": lambda folder: os.truncate(folder / DATA_FILE, 1000),
-    "a flipped byte of a weight": lambda folder: flip(folder / DATA_FILE, -5000),
-    "a flipped byte of the index": lambda folder: flip(folder / INDEX, 40),
-    "an empty file": lambda folder: (folder / INDEX).write_bytes(b""),
-    "a missing file": lambda folder: (folder / DATA_FILE).unlink(),
+    "truncated": lambda data, index: os.truncate(data, 1000),
+    "a flipped byte of a weight": lambda data, index: flip(data, -5000),
+    "a flipped byte of the index": lambda data, index: flip(index, 40),
+    "an empty file": lambda data, index: index.write_bytes(b""),
+    "a missing file": lambda data, index: data.unlink(),
 }
+
+
+def newest_state(folder):
+    """Return the paths of both files of the state at step 15."""
+    return sorted((folder / "state").glob("step-*15.*"))
 
 
 def test_the_newest_three_states_are_kept(states, tmp_path):
     assert steps_saved(tmp_path) == [5, 10, 15]
-    names = {name.partition(".")[0] for name in os.listdir(tmp_path / "state")}
-    assert names == {"step-000000005", "step-000000010", "step-000000015"}
+    parts = [path.name for path in (tmp_path / "state").glob("step-*")]
+    assert len(parts) == 6 and len(newest_state(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_is_reported_in_one_line_and_the_one_before_is_used(
     damage, states, tmp_path, capsys
 ):
-    DAMAGES[damage](tmp_path / "state")
+    DAMAGES[damage](*newest_state(tmp_path))
     run = states()
     run.state.step.assign(99)
     gan_mnist.restore_state(run)
     assert run.state.step.numpy() == 10 and run.history == [{"epoch": 2}]
     (line,) = capsys.readouterr().out.splitlines()
-    assert "step-000000015" in line and "damaged" in line
+    assert newest_state(tmp_path)[-1].stem in line and "damaged" in line
     run.state.step.assign(15)  # training on, the run comes there again
     gan_mnist.save_state(run)
     again = states()
@@ -194,14 +199,15 @@ def test_a_state_that_says_something_else_about_the_run_is_passed_over(
 ):
     run = states()
     run.state.facts.assign(text)
-    run.state.write(str(tmp_path / "state" / "step-000000015"))
+    newest = newest_state(tmp_path)[-1].with_suffix("")
+    run.state.write(str(newest))
     gan_mnist.restore_state(run)
     assert run.state.step.numpy() == 10
-    assert "step-000000015" in capsys.readouterr().out
+    assert newest.name in capsys.readouterr().out
 
 
 def test_plain_files_among_the_states_are_no_states(states, tmp_path):
-    for name in ("step_999999999", "step-999999999", "step-999999999.index"):
+    for name in ("step_99", "step-99", "step-99.index"):
         (tmp_path / "state" / name).write_text("")
     run = states()
     gan_mnist.restore_state(run)
@@ -211,6 +217,16 @@ def test_plain_files_among_the_states_are_no_states(states, tmp_path):
     again = states()
     gan_mnist.restore_state(again)
     assert again.state.step.numpy() == 20
+
+
+@pytest.mark.parametrize("listed", [None, b"", b"x", b"\xff\xfe"])
+def test_states_are_found_whatever_became_of_tensorflows_list_of_them(listed, states, tmp_path):
+    path = tmp_path / "state" / "checkpoint"
+    path.unlink(missing_ok=True) if listed is None else path.write_bytes(listed)
+    run = states()
+    run.state.step.assign(99)
+    gan_mnist.restore_state(run)
+    assert run.state.step.numpy() == 15
 
 
 def test_when_all_states_are_damaged_the_run_fails_and_nothing_changes(states, tmp_path):
@@ -225,7 +241,7 @@ def test_when_all_states_are_damaged_the_run_fails_and_nothing_changes(states, t
 def test_a_state_of_other_networks_is_refused_in_one_line(states):
     run = states()
     other = gan_mnist.Settings(**TINY | {"conditional": False})
-    run.state = gan_mnist.new_state(other, DATA)
+    run.state = new_state(other, DATA)
     with pytest.raises(gan_mnist.RunError, match="can be read"):
         gan_mnist.restore_state(run)
 
@@ -300,19 +316,6 @@ def test_a_start_killed_while_it_moved_files_loses_none(quick, tmp_path, monkeyp
     assert contents(made / "previous") | contents(made / "previous_2") == moved(before)
 
 
-@pytest.mark.parametrize("kind", ["samples_dir", "checkpoints_dir"])
-def test_a_folder_that_tensorflow_cannot_name_is_refused_before_anything_is_moved(
-    kind, quick, tmp_path
-):
-    train(tmp_path, 1)
-    before = files_in(tmp_path)
-    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe"))
-    with pytest.raises(gan_mnist.UsageError, match="cannot write into") as refusal:
-        train(tmp_path, 1, **{kind: strange})
-    assert "\n" not in str(refusal.value)
-    assert files_in(tmp_path) == before
-
-
 # ----- Two runs in one folder
 
 RACE = """
@@ -326,7 +329,7 @@ for _ in range(4):
     held = 0
     while time.monotonic() < end:
         try:
-            with gan_mnist.alone_in(folder):
+            with gan_mnist.holding(folder):
                 os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
                 held += 1
                 os.remove(folder / "inside")
@@ -336,7 +339,7 @@ for _ in range(4):
             os._exit(1)
     os._exit(0 if held else 2)
 print({os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children})
-with gan_mnist.alone_in(folder):
+with gan_mnist.holding(folder):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -359,7 +362,7 @@ def test_only_one_run_is_ever_in_a_folder_whatever_is_deleted_there(quick, tmp_p
         train(tmp_path, 1)
     first.kill()
     first.communicate()
-    with gan_mnist.alone_in(made), pytest.raises(gan_mnist.UsageError, match="made is in use"):
+    with gan_mnist.holding(made), pytest.raises(gan_mnist.UsageError, match="made is in use"):
         train(tmp_path, 1)
     assert contents(tmp_path) == before
     train(tmp_path, 1)
@@ -409,7 +412,7 @@ for free in (0, 1, 4, 8, 12, 16, 20, 30):
     except OSError as error:
         print(error)
     os.remove("filler")
-sys.exit(gan_mnist.main())
+sys.exit(gan_mnist.main(sys.argv[1:]))
 """
 
 
@@ -425,8 +428,8 @@ def test_a_really_full_disk_ends_a_run_in_one_line(tiny_flags, tmp_path):
         assert done.status == 1, done
         assert done.out.splitlines()[:8] == 8 * ["the disk has no room for model.h5"]
         assert len(done.err.splitlines()) == 1, done.err
-        newest = steps_saved(disk / "checkpoints")[-1]
-        assert tf.train.load_checkpoint(str(disk / f"checkpoints/state/step-{newest:09d}"))
+        newest = max((disk / "checkpoints" / "state").glob("*.index"), key=os.path.getmtime)
+        assert tf.train.load_checkpoint(str(newest.with_suffix("")))
         for path in (disk / "checkpoints").glob("*.h5"):
             gan_mnist.load_generator(path)
     finally:
@@ -436,19 +439,14 @@ def test_a_really_full_disk_ends_a_run_in_one_line(tiny_flags, tmp_path):
 # ----- Pictures that were there before
 
 
-def test_an_earlier_picture_that_cannot_be_read_is_left_out_of_the_animation(
-    quick, tmp_path, capsys
-):
+def test_an_earlier_picture_that_cannot_be_read_is_left_out_of_the_animation(quick, tmp_path):
     train(tmp_path, 4)
     damaged = [tmp_path / "samples" / f"image_at_epoch_000{epoch}.png" for epoch in (1, 2, 3)]
     damaged[0].write_text("no picture")
     os.truncate(damaged[1], 500)
     damaged[2].unlink()
     damaged[2].mkdir()
-    capsys.readouterr()
     train(tmp_path, 5, resume=True)
-    lines = capsys.readouterr().out.splitlines()
-    assert [sum(path.name in line for line in lines) for path in damaged] == [1, 1, 1]
     with gan_mnist.Image.open(tmp_path / "samples" / "training.gif") as animation:
         assert animation.n_frames == 2
 
@@ -457,65 +455,69 @@ def test_an_earlier_picture_that_cannot_be_read_is_left_out_of_the_animation(
 
 
 def spoiling(monkeypatch, spoil):
-    """Let spoil(state) run after each compiled call."""
+    """Let spoil(state, losses) give the losses of each compiled call."""
     compile_training = gan_mnist.compile_training
 
     def compiled(state, *others):
         steps = compile_training(state, *others)
-
-        def train_steps(*arguments):
-            steps(*arguments)
-            spoil(state)
-
-        return train_steps
+        return lambda batches: spoil(state, steps(batches))
 
     monkeypatch.setattr(gan_mnist, "compile_training", compiled)
 
 
-SPOILS = {
-    "a loss": lambda state: state.losses.assign([float("nan"), 0]),
-    "a weight": lambda state: state.discriminator.weights[0].assign(
-        state.discriminator.weights[0] * float("inf")
-    ),
-    "a moment": lambda state: state.generator_optimizer.variables[-1].assign(
-        state.generator_optimizer.variables[-1] * float("nan")
-    ),
-}
+def spoil_loss(state, losses):
+    return losses * [[1.0, float("nan")]]
 
 
-@pytest.mark.parametrize("spoilt", SPOILS)
+def spoil_weight(state, losses):
+    weight = state.discriminator.weights[0]
+    weight.assign(weight * float("inf"))
+    return losses
+
+
+@pytest.mark.parametrize("spoil", [spoil_loss, spoil_weight])
 def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(
-    spoilt, quick, tmp_path, monkeypatch
+    spoil, quick, tmp_path, monkeypatch
 ):
     train(tmp_path, 1)
     before = outcome(tmp_path)
-    spoiling(monkeypatch, SPOILS[spoilt])
-    with pytest.raises(gan_mnist.RunError, match="not finite after step 10.*lower") as failure:
+    spoiling(monkeypatch, spoil)
+    with pytest.raises(gan_mnist.RunError, match="not finite at step 10.*lower") as failure:
         train(tmp_path, 3, resume=True)
     assert "\n" not in str(failure.value)
     assert outcome(tmp_path) == before and steps_saved(tmp_path / "made") == [0, 5]
 
 
+def aged(monkeypatch):
+    """Let runs begin as if they had taken 500 steps."""
+
+    def aged_state(*arguments, new_state=gan_mnist.new_state):
+        state = new_state(*arguments)
+        state.step.assign(500)
+        return state
+
+    monkeypatch.setattr(gan_mnist, "new_state", aged_state)
+
+
 def collapsed(capsys):
-    """Return which rows of the table say so, and whether the last words do."""
+    """Return which rows of the table say so."""
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if re.match(r" *\d+/\d+ ", line)]
     assert all(len(line) < 80 for line in table)
-    return ["COLLAPSED" in line for line in table], any("epoch 2, 4" in line for line in lines)
+    return ["COLLAPSED" in line for line in table]
 
 
-def test_a_collapse_is_said_in_its_row_and_at_the_end_and_training_goes_on(
+def test_a_collapse_is_said_in_its_row_but_not_of_the_first_steps(
     quick, tmp_path, monkeypatch, capsys
 ):
     given = [(10, 5.0), (4, 6.0), (10, 49.0), (10, 51.0), (5, 4.0)]
     quick += given
-    monkeypatch.setattr(gan_mnist, "COLLAPSE_FROM", 0)
     train(tmp_path, 5)
-    assert collapsed(capsys) == ([False, True, False, True, False], True)
-    monkeypatch.setattr(gan_mnist, "COLLAPSE_FROM", 1000)  # few steps are no collapse
+    assert collapsed(capsys) == [False] * 5
+    aged(monkeypatch)
     quick += given
     train(tmp_path, 5)
-    assert collapsed(capsys) == ([False] * 5, False)
+    assert collapsed(capsys) == [False, True, False, True, False]
 
 
 # ----- The best
@@ -531,7 +533,7 @@ def epoch_weights(folder, epoch):
 
 
 def test_only_measurements_of_as_many_images_are_compared(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gan_mnist, "COLLAPSE_FROM", 0)
+    aged(monkeypatch)
     quick += [(10, 0.1), (10, 0.2)]
     train(tmp_path, 2)
     quick += [(10, 3.0), (10, 2.0), (10, 4.0)]
@@ -546,13 +548,14 @@ def test_the_best_of_an_epoch_that_the_clock_ended_stays_a_row_of_the_table(
 ):
     quick += [(10, 5.0), (10, 1.0)]
     monkeypatch.setattr(gan_mnist, "STEPS_PER_CALL", 1)
-    progress = gan_mnist.progress
+
+    def struck(run, agree=gan_mnist.agree):
+        agree(run)
+        if run.state.step >= 7:
+            run.done = 1.0
+
     with monkeypatch.context() as patch:  # a clock that strikes amid the second epoch
-        patch.setattr(
-            gan_mnist,
-            "progress",
-            lambda run, **spare: 1.0 if run.state.step.numpy() >= 7 else progress(run, **spare),
-        )
+        patch.setattr(gan_mnist, "agree", struck)
         train(tmp_path, 4)
     first = (tmp_path / "samples" / "metrics.csv").read_text()
     assert "Best: FID 1.000 after epoch 2." in capsys.readouterr().out
@@ -609,8 +612,8 @@ print(json.dumps(seen))
 
 
 def test_a_state_of_the_default_networks_is_saved_in_less_than_a_second(tmp_path):
-    state = gan_mnist.new_state(gan_mnist.Settings(), DATA)
-    about = {"history": [], "position": 0, "seconds": 0.0, "started": 0.0, "identity": {}}
+    state = new_state(gan_mnist.Settings(), DATA)
+    about = {"history": [], "losses": [], "seconds": 0.0, "started": 0.0, "identity": {}}
     settings = gan_mnist.Settings(checkpoints_dir=tmp_path)
     run, seconds = SimpleNamespace(state=state, settings=settings, **about), []
     for step in range(3):

@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, measure_nothing, rows, run_code, small, synthetic_digits, train_quietly
+from conftest import (
+    ROOT,
+    measure_nothing,
+    new_state,
+    rows,
+    run_code,
+    small,
+    synthetic_digits,
+    train_quietly,
+)
 
 import gan_mnist
 
@@ -124,13 +133,13 @@ def test_real_and_generated_images_are_shifted_before_the_discriminator_sees_the
     monkeypatch.setattr(gan_mnist, "logits_and_slope", looking)
     monkeypatch.setattr(gan_mnist, "shift", lambda images, pixels, random: 0 * images + pixels)
     settings = small(shift=2, conditional=False)
-    state = gan_mnist.new_state(settings, NUMBERED)
+    state = new_state(settings, NUMBERED)
     gan_mnist.train_step(state, settings, tf.ones((8, 4, 4, 1)), None, False)
     assert seen == [[2], [2]]
 
 
-def test_penalties_come_at_every_so_manieth_step_of_an_epoch(watched):
-    assert np.flatnonzero(watched[3]).tolist() == [*(0, 3, 6), *(8, 11, 14), *(16, 19, 22)]
+def test_penalties_come_at_every_so_manieth_step_of_the_run(watched):
+    assert np.flatnonzero(watched[3]).tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
 
 
 # ----- How fast they learn
@@ -144,19 +153,25 @@ def test_both_learning_rates_fall_to_zero_with_the_epochs_or_the_minutes(watched
         assert rates == pytest.approx(np.outer(paces, list(RATES.values())), rel=1e-5)
 
 
-def trained_once(steps, **changes):
-    """Return the weights before, and the state after, so many steps in one compiled call."""
+def trained_once(steps, still=None, **changes):
+    """Return the weights before, and the state after, so many steps in one compiled call.
+
+    `still` is the network whose learning rate is nought.
+    """
     settings = small(batch_size=BATCH, **changes)
-    state = gan_mnist.new_state(settings, NUMBERED)
+    state = new_state(settings, NUMBERED)
     before = {name: getattr(state, name).get_weights() for name in ("generator", "discriminator")}
+    state.generator_optimizer.learning_rate = 1e-3 * (still != "generator")
+    state.discriminator_optimizer.learning_rate = 1e-3 * (still != "discriminator")
     train = gan_mnist.compile_training(state, NUMBERED, settings)
-    train(tf.range(256), tf.constant(0), tf.constant(steps), tf.constant(1.0))
+    losses = train(np.arange(steps * BATCH).reshape(steps, BATCH)).numpy()
+    assert losses.shape == (steps, 2) and np.isfinite(losses).all()
     return before, state
 
 
 @pytest.mark.parametrize("still", ["generator", "discriminator"])
 def test_a_network_whose_learning_rate_is_nought_keeps_its_weights_alone(still):
-    before, state = trained_once(2, **{f"{still}_learning_rate": 0.0})
+    before, state = trained_once(2, still)
     for name, old in before.items():
         for variable, was in zip(getattr(state, name).weights, old, strict=True):
             if variable.path.endswith("kernel"):  # relativistic logits' own bias never moves
@@ -164,13 +179,13 @@ def test_a_network_whose_learning_rate_is_nought_keeps_its_weights_alone(still):
 
 
 def test_both_optimizers_have_the_memories_asked_for():
-    state = gan_mnist.new_state(small(beta_1=0.5, beta_2=0.9), NUMBERED)
+    state = new_state(small(beta_1=0.5, beta_2=0.9), NUMBERED)
     for adam in (state.generator_optimizer, state.discriminator_optimizer):
         assert (adam.beta_1, adam.beta_2) == (0.5, 0.9)
 
 
 def test_another_seed_means_other_weights_other_latents_and_another_order(watched, tmp_path):
-    states = [gan_mnist.new_state(small(seed=seed), NUMBERED) for seed in (1, 2, 1)]
+    states = [new_state(small(seed=seed), NUMBERED) for seed in (1, 2, 1)]
     latents = [state.random.normal((4, 8)).numpy() for state in states]
     for kind in ("generator", "discriminator"):
         kernels = [getattr(state, kind).get_weights()[0] for state in states]
@@ -199,14 +214,14 @@ def test_a_short_run_saves_the_average_and_the_last_row_of_the_table_has_its_fid
     data = gan_mnist.as_dataset(synthetic_digits(320), small())
     average = train_quietly(tmp_path, data, epochs=2, **common)
     saved = gan_mnist.load_generator(tmp_path / "checkpoints" / "generator_latest.h5")
-    first = gan_mnist.new_state(small(**common), data).average
+    first = new_state(small(**common), data).average
     for mean, kept, was in zip(average.weights, saved.weights, first.weights, strict=True):
         assert np.array_equal(mean, kept) and not np.array_equal(mean, was), mean.path
     ruler = gan_mnist.load_ruler(small(**common), data)
-    images = gan_mnist.generate(saved, 10, digits=range(10), seed=5)
-    features, probabilities = gan_mnist.measure(ruler, images)
-    fid = gan_mnist.quick_metrics(ruler, features, probabilities)["fid"]
-    assert float(rows(tmp_path)[-1]["fid"]) == pytest.approx(fid, rel=0.2)
+    images = gan_mnist.draw_like(saved, data, 100, seed=5)
+    statistics = gan_mnist.real_statistics(ruler, data)
+    metrics = gan_mnist.quick_metrics(ruler, statistics, *gan_mnist.measure(ruler, images))
+    assert float(rows(tmp_path)[-1]["fid"]) == pytest.approx(metrics["fid"], rel=1e-3)
 
 
 def test_two_equal_calls_in_one_session_give_equal_weights(tmp_path, monkeypatch):
@@ -224,25 +239,18 @@ def test_two_equal_calls_in_one_session_give_equal_weights(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "flags, capability, asked, chosen",
+    "flags, asked, chosen",
     [
-        ("fma avx2", None, "auto", "float32"),
-        ("fma amx_bf16 amx_tile", None, "auto", "mixed_bfloat16"),
-        ("fma amx_bf16 amx_tile", None, "float32", "float32"),
-        ("fma avx2", None, "bfloat16", "mixed_bfloat16"),
-        ("fma amx_bf16 amx_tile", (7, 5), "auto", "float32"),
-        ("fma avx2", (8, 0), "auto", "mixed_bfloat16"),
+        ("fma avx2", "auto", "float32"),
+        ("fma amx_bf16 amx_tile", "auto", "mixed_bfloat16"),
+        ("fma amx_bf16 amx_tile", "float32", "float32"),
+        ("fma avx2", "bfloat16", "mixed_bfloat16"),
     ],
 )
-def test_auto_is_bfloat16_where_the_hardware_multiplies_it(
-    flags, capability, asked, chosen, monkeypatch
-):
-    settings, gpus = gan_mnist.Settings(precision=asked), ["GPU"] if capability else []
-    details = {"compute_capability": capability}
+def test_auto_is_bfloat16_where_the_hardware_multiplies_it(flags, asked, chosen, monkeypatch):
+    settings = gan_mnist.Settings(precision=asked)
     cpuinfo = SimpleNamespace(exists=lambda: True, read_text=lambda: f"flags : {flags}\n")
     monkeypatch.setattr(gan_mnist, "Path", lambda _: cpuinfo)
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _: gpus)
-    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: details)
     assert gan_mnist.choose_precision(settings) == chosen
 
 
@@ -255,21 +263,18 @@ def test_two_mirrored_devices_train_an_epoch_on_every_image(tmp_path):
     assert np.isfinite(losses).all() and row["step"] == "4"
 
 
-@pytest.mark.parametrize(("edge", "longest"), [(28, 104), (128, 7)])
-def test_the_larger_the_pictures_the_fewer_steps_pass_between_looks_at_ctrl_c(
-    tmp_path, monkeypatch, edge, longest
-):
+def test_25_steps_pass_at_most_between_looks_at_ctrl_c(tmp_path, monkeypatch):
     calls = []
 
-    def counting(state, dataset, settings):
-        def train_steps(order, first, last, pace):
-            calls.append(int(last - first))
-            state.step.assign_add(calls[-1])
+    def counting(*_):
+        def train_steps(batches):
+            calls.append(len(batches))
+            return tf.zeros((len(batches), 2))
 
         return train_steps
 
     measure_nothing(monkeypatch, [])
     monkeypatch.setattr(gan_mnist, "compile_training", counting)
-    images = np.zeros((16 * 110, edge, edge, 3 if edge > 28 else 1), np.uint8)
+    images = np.zeros((16 * 110, 28, 28), np.uint8)
     train_quietly(tmp_path, images, batch_size=16, generator_widths=(2,))
-    assert calls[0] == max(calls) == longest and sum(calls) == 110
+    assert calls == [25, 25, 25, 25, 10]
