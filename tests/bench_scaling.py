@@ -32,7 +32,7 @@ import json, sys, time, numpy as np, gan_mnist
 tf = gan_mnist.tf
 shape, replicas, share, calls, *flags = json.loads(sys.argv[1])
 _, settings, _ = gan_mnist.parse_command_line(flags)
-settings = gan_mnist.dataclasses.replace(settings, batch_size=settings.batch_size // share)
+settings = gan_mnist.replace(settings, batch_size=settings.batch_size // share)
 gan_mnist.use_threads_well()
 if replicas > 1:
     (cpu,) = tf.config.list_physical_devices("CPU")

@@ -68,7 +68,7 @@ def test_alone_another_network_measures_mnist_and_is_named_otherwise(tmp_path, m
     told = capsys.readouterr().out
     assert "to measure mnist" in told and "minutes" in told
     assert re.fullmatch("inception_[0-9a-f]{16}_[0-9a-f]{8}", ruler.name) and ruler.reads_classes
-    assert f"Measured by {ruler.name}, which reads 97.0% of unseen images." in told
+    assert f"Measured by {ruler.name}, which reads 97.00% of unseen images." in told
 
 
 @pytest.mark.slow

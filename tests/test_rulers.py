@@ -437,7 +437,7 @@ def test_the_trained_network_is_kept_for_the_same_data_alone(
 
 def test_a_network_that_reads_little_says_so(home, untrained, pictures, capsys):
     gan_mnist.load_ruler(gan_mnist.Settings(), few(pictures, 60))
-    assert "which reads 55.0% of unseen images" in capsys.readouterr().out
+    assert "which reads 55.00% of unseen images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (64, 64, 3), (100, 100, 3)])

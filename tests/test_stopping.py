@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,7 +175,7 @@ def test_a_signal_in_the_last_call_of_an_epoch_loses_no_row_and_is_the_sessions_
 def slowed(monkeypatch):
     """A function that lets one of gan_mnist's take so many seconds more, by a clock of its own."""
     clock = [0.0]
-    monkeypatch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(gan_mnist, "monotonic", lambda: clock[0])
 
     def slow(function, seconds):
         def wrapped(*arguments, **options):

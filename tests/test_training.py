@@ -74,7 +74,7 @@ def watched_run(folder, epochs, **changes):
         measure_nothing(patch, [])
         patch.setattr(gan_mnist, "train_step", step)
         patch.setattr(gan_mnist, "STEPS_PER_CALL", 1)
-        patch.setattr(gan_mnist, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        patch.setattr(gan_mnist, "monotonic", lambda: clock[0])
         flags = {"batch_size": BATCH, "decay_from": DECAY_FROM}
         train_quietly(folder, NUMBERED, epochs, penalty_every=3, **flags, **RATES, **changes)
     return map(np.stack, zip(*seen, strict=True))
