@@ -1593,10 +1593,10 @@ def train(dataset=None, epochs=None, settings=None, resume=False):
             train_epoch(run)
             if len(run.losses) == run.steps_per_epoch or run.done == 1:
                 measure_epoch(run)
-            agree(run)
             save_state(run)  # first: all else can be made again from it
             if not run.losses:
                 write_epoch(run)
+            agree(run)
         draw_curves(run)
         print_last_words(run)
         if run.stopped:

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import npz_bytes, synthetic_digits
 
 import gan_mnist
@@ -57,6 +58,7 @@ def notebook_code():
     return "\n".join(block for block in blocks if "gan_mnist" in block)
 
 
+@pytest.mark.slow
 def test_the_notebook_example_runs(tmp_path, monkeypatch, mnist):
     lines = notebook_code().splitlines()
     assert any("train(" in line for line in lines)

@@ -190,6 +190,7 @@ def test_evaluate_images_gives_every_metric_and_praises_real_ones(
     assert metrics["images"] == 500
 
 
+@pytest.mark.slow
 def test_the_nearest_training_image_to_a_training_image_is_itself(part_of_mnist):
     chosen = np.arange(500, 3000, 40)
     metrics = evaluate(part_of_mnist.images[chosen], part_of_mnist)

@@ -223,6 +223,7 @@ def test_folders_that_cannot_be_written_are_refused_before_training(
 QUICK = ("--epochs", 1, "--batch-size", 1000, "--generator-widths", "32")  # an epoch in seconds
 
 
+@pytest.mark.slow
 def test_real_mnist_is_measured_by_the_shipped_ruler(mnist, tmp_path):
     result = run(*QUICK, "--evaluation-images", 1000, cwd=tmp_path)
     assert (result.status, result.err) == (0, "")

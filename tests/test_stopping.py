@@ -191,8 +191,9 @@ def slowed(monkeypatch):
     return slow_by_name
 
 
-def test_no_epoch_is_begun_when_the_minutes_are_over(quick, slowed, tmp_path):
-    slowed("measure", 50)
+@pytest.mark.parametrize("where", ["measure", "write_epoch"])
+def test_no_epoch_is_begun_when_the_minutes_are_over(where, quick, slowed, tmp_path):
+    slowed(where, 50)
     train(tmp_path, max_minutes=1.0, epochs=5)
     assert [(row["step"], row["fid"]) for row in table(tmp_path)] == [("10", "5.0")]
 
