@@ -1115,8 +1115,9 @@ def load_generator(path=None):
     model = load_keras(path)
     try:
         as_picture(mosaic(generate(model, 1), 1))
-    except Exception as error:  # Keras raises half a dozen kinds
-        raise UsageError(f"{path} does not draw as a generator does: {error}") from None
+    except Exception:  # Keras raises half a dozen kinds
+        shapes = f"it makes {model.output_shape} of {model.input_shape}"
+        raise UsageError(f"{path} is not a generator of images: {shapes}") from None
     return model
 
 

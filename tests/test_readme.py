@@ -50,6 +50,12 @@ def test_every_command_in_the_readme_is_one_that_the_program_takes(tmp_path, mon
         gan_mnist.parse_command_line(words)  # raises UsageError otherwise
 
 
+def test_the_readme_of_the_weights_says_how_each_file_was_made():
+    said = (gan_mnist.WEIGHTS / "README.md").read_text("utf-8")
+    files = {path.name for path in gan_mnist.WEIGHTS.iterdir()} - {"README.md"}
+    assert files and {name for name in re.findall(r"`(mnist_\w+\.\w+)`", said)} == files
+
+
 def notebook_code():
     """Return the Python code that stands under the heading about notebooks."""
     (text,) = [text for heading, text in sections().items() if "notebook" in heading.lower()]

@@ -267,13 +267,13 @@ def test_a_run_and_evaluate_measure_the_datas_mix_and_other_images_but_generate_
     flags = ["evaluate", "--dataset", "mine.npz", "--inception", "mnist", "--count", "100"]
     drawn.clear()
     assert gan_mnist.main(flags) == 0
-    measured += drawn
+    measured += [call for call in drawn if len(call[1]) == 100]
     assert [np.bincount(classes).tolist() for _, classes in measured] == [[90, 10]] * 2
     # Not on the very points that the best generator was chosen by:
     assert not set(measured[0][0][:, 0]) & set(measured[1][0][:, 0])
     drawn.clear()
     assert gan_mnist.main(["generate", "--count", "100", "--output", "x.npz"]) == 0
-    assert np.bincount(drawn[0][1]).tolist() == [50, 50]
+    assert np.bincount(drawn[-1][1]).tolist() == [50, 50]
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_images_without_classes_are_measured_by_the_shipped_network(home, pictur
     assert not home.exists()
 
 
-def test_other_weights_have_another_name(tmp_path, monkeypatch, pictures):
+def test_other_weights_have_another_name_and_other_statistics(tmp_path, monkeypatch, pictures):
     network = gan_mnist.load_keras(SHIPPED)
     weights = network.get_weights()
     weights[0] = weights[0] + 1e-3
@@ -473,8 +473,11 @@ def test_other_weights_have_another_name(tmp_path, monkeypatch, pictures):
     gan_mnist.save_keras(network, tmp_path / SHIPPED.name, network.about)
     monkeypatch.setattr(gan_mnist, "SHIPPED_INCEPTION", tmp_path / SHIPPED.name)
     data = gan_mnist.Dataset(pictures.images[:20])
-    name = gan_mnist.load_ruler(gan_mnist.Settings(), data).name
-    assert name == name_of(tmp_path / SHIPPED.name) != name_of(SHIPPED)
+    ruler = gan_mnist.load_ruler(gan_mnist.Settings(), data)
+    assert ruler.name == name_of(tmp_path / SHIPPED.name) != name_of(SHIPPED)
+    # and the shipped statistics are not of its features
+    mean, _ = gan_mnist.real_statistics(ruler, data._replace(name="mnist"))
+    assert np.allclose(mean, gan_mnist.measure(ruler, data.images)[0].mean(axis=0), atol=1e-5)
 
 
 def test_without_weights_the_network_is_trained_on_mnist_and_named_so(
@@ -539,15 +542,17 @@ def test_the_inception_command_writes_the_network_and_its_statistics(
 ):
     arrays = [*synthetic_digits(100), *synthetic_digits(20)]
     monkeypatch.setattr(gan_mnist, "load_mnist", lambda: arrays)
+    monkeypatch.setattr(gan_mnist, "WEIGHTS", tmp_path)
     monkeypatch.setattr(gan_mnist, "SHIPPED_INCEPTION", tmp_path / "new.h5")
     assert gan_mnist.main(["inception"]) == 0
+    name = name_of(tmp_path / "new.h5")
     network = gan_mnist.load_keras(tmp_path / "new.h5")
     features = network.predict(arrays[0][..., None] / 127.5 - 1, verbose=0)[0]
-    with np.load(tmp_path / "new.npz") as statistics:
+    with np.load(tmp_path / f"{name}.npz") as statistics:
         assert np.allclose(statistics["mean"], features.mean(axis=0), atol=1e-5)
         assert statistics["covariance"].shape == 2 * statistics["mean"].shape
-    assert f"measures as {name_of(tmp_path / 'new.h5')}" in capsys.readouterr().out
-    assert files_in(tmp_path) == ["new.h5", "new.npz"]
+    assert f"{name}.npz" in capsys.readouterr().out
+    assert files_in(tmp_path) == ["new.h5", f"{name}.npz"]
     monkeypatch.setattr(gan_mnist, "load_mnist", no_mnist)
     assert gan_mnist.main(["inception"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
