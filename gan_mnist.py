@@ -33,7 +33,7 @@ CHECKPOINTS_DIR = "checkpoints"  # where .h5 files and the training state land
 # The networks
 ARCHITECTURE = "dense"  # conv: convolutions next to the image; slower, better
 CONDITIONAL = True  # both networks are told the digit; false: the plain GAN, a harder task
-LATENT_DIM = 64  # numbers that an image is made from
+LATENT_DIM = 16  # numbers that an image is made from
 GENERATOR_WIDTHS = (256, 256)  # units of its hidden layers, latent side first
 DISCRIMINATOR_WIDTHS = (512, 256)  # units of its hidden layers, image side first
 CONV_CHANNELS = 8  # of the convolution nearest the image; doubled at each halving

@@ -13,6 +13,7 @@ takes AMX away from a processor that has it (then add --precision float32).
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.metadata
 import itertools
@@ -248,6 +249,32 @@ def score(path):
     return list(map(float, fids)), shares.tolist(), right
 
 
+def epoch_seconds(epochs):
+    """Return the seconds that the parts of an epoch took, the first epoch left out, by name."""
+    sys.path.insert(0, str(PROGRAM.parent))
+    import gan_mnist
+
+    seconds = {"train_epoch": [], "measure_epoch": [], "save_state": [], "write_epoch": []}
+    for name, spent in seconds.items():
+        setattr(gan_mnist, name, timed(getattr(gan_mnist, name), spent))
+    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(sys.stderr):
+        folders = {"samples_dir": f"{work}/samples", "checkpoints_dir": f"{work}/checkpoints"}
+        gan_mnist.train(settings=gan_mnist.Settings(epochs=epochs, **folders))
+    return {name: spent[1:] for name, spent in seconds.items()}
+
+
+def timed(function, spent):
+    """Return the function as one that adds the seconds of each call to `spent`."""
+
+    def call(*arguments):
+        start = time.monotonic()
+        result = function(*arguments)
+        spent.append(time.monotonic() - start)
+        return result
+
+    return call
+
+
 # The peer ----------------------------------------------------------------------------------------
 
 
@@ -372,6 +399,15 @@ def seeds(work, options):
     )
 
 
+def measuring(work, options):
+    """The share of an epoch that measuring takes, and all that is not training."""
+    spent = {name: sum(x) for name, x in worker("epoch", options.measured_epochs).items()}
+    whole = sum(spent.values())
+    shares = ", ".join(f"{name} {x / whole:.1%}" for name, x in spent.items())
+    measured = spent["measure_epoch"] / whole
+    print(f"measure of {whole:.1f} s, {shares}; goal 15%: {verdict(share=measured <= 0.15)}")
+
+
 def conv(work, options):
     """Ten minutes of the convolutional networks, and the time of an epoch of theirs."""
     flags = ("--architecture", "conv", "--max-minutes", str(10 * options.minutes))
@@ -426,9 +462,10 @@ def start(work, options):
 # Command line ------------------------------------------------------------------------------------
 
 PARTS = {
-    function.__name__: function for function in (minute, default, seeds, conv, losses, speed, start)
+    function.__name__: function
+    for function in (minute, default, seeds, measuring, conv, losses, speed, start)
 }
-WORKERS = {"judge": judge_scale, "score": score, "torch": torch_speed}
+WORKERS = {"judge": judge_scale, "score": score, "torch": torch_speed, "epoch": epoch_seconds}
 
 
 def parse_command_line():
@@ -444,6 +481,7 @@ def parse_command_line():
     parser.add_argument("--loss-minutes", type=float, default=3.0, help="of each of losses [3]")
     parser.add_argument("--epochs", type=int, default=0, help="of default [the program's own]")
     parser.add_argument("--seeds", type=int, default=5, help="how many [5]")
+    parser.add_argument("--measured-epochs", type=int, default=8, help="of measuring [8]")
     parser.add_argument("--pairs", type=int, default=3, help="of speed, in turn [3]")
     parser.add_argument("--images", type=int, default=60_000, help="of speed's epochs [60000]")
     parser.add_argument("--precision", default="auto", help="of all runs of gan_mnist.py [auto]")
@@ -473,7 +511,7 @@ def print_head(parts):
     )
     if load > os.cpu_count() / 4:
         print("Something else is, or was just, running: what follows is worth little.", flush=True)
-    if set(parts) - {"speed", "start"}:
+    if set(parts) - {"speed", "start", "measuring"}:
         print("judges, of which each is trained once, in a few minutes:", flush=True)
         for name in JUDGES:
             accuracy, *fids = worker("judge", name)
