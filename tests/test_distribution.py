@@ -121,8 +121,9 @@ def test_ten_steps_on_two_devices_or_workers_have_the_losses_of_one(ten_steps):
     one, two = ten_steps["alone"]["losses"], ten_steps["together"]["losses"]
     first, second = (worker["losses"] for worker in ten_steps["workers"])
     assert np.shape(one) == (10, 2) and np.all(np.isfinite(one))
-    assert np.allclose(two, one, rtol=1e-3, atol=0)
-    assert np.allclose(first, one, rtol=1e-3, atol=0)
+    # A loss near 0 is the exponential of a large difference: there rounding shows earlier.
+    assert np.allclose(two, one, rtol=1e-3, atol=1e-4)
+    assert np.allclose(first, one, rtol=1e-3, atol=1e-4)
     assert first == second
 
 
