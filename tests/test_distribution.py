@@ -28,8 +28,9 @@ data = gan_mnist.as_dataset(conftest.synthetic_digits(640), settings)
 
 def ten_steps(strategy):
     state = gan_mnist.new_state(settings, data, strategy)
-    state.generator_optimizer.learning_rate = settings.generator_learning_rate
-    state.discriminator_optimizer.learning_rate = settings.discriminator_learning_rate
+    # Low rates: where a loss nears 0, the exponential of a large difference, rounding grows.
+    state.generator_optimizer.learning_rate = settings.generator_learning_rate / 30
+    state.discriminator_optimizer.learning_rate = settings.discriminator_learning_rate / 30
     train = gan_mnist.compile_training(state, data, settings)
     losses = train(np.arange(640).reshape(10, 64)).numpy().tolist()
     digests = [hashlib.sha256(), hashlib.sha256()]
@@ -121,9 +122,8 @@ def test_ten_steps_on_two_devices_or_workers_have_the_losses_of_one(ten_steps):
     one, two = ten_steps["alone"]["losses"], ten_steps["together"]["losses"]
     first, second = (worker["losses"] for worker in ten_steps["workers"])
     assert np.shape(one) == (10, 2) and np.all(np.isfinite(one))
-    # A loss near 0 is the exponential of a large difference: there rounding shows earlier.
-    assert np.allclose(two, one, rtol=1e-3, atol=1e-4)
-    assert np.allclose(first, one, rtol=1e-3, atol=1e-4)
+    assert np.allclose(two, one, rtol=1e-3)
+    assert np.allclose(first, one, rtol=1e-3)
     assert first == second
 
 
