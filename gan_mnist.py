@@ -54,6 +54,7 @@ DECAY_FROM = 0.5  # share of the run after which both rates fall linearly to zer
 BETA_1 = 0.0  # Adam's memory of gradients; with any, the players circle each other
 BETA_2 = 0.99  # Adam's memory of squared gradients
 EMA_DECAY = 0.999  # of the averaged generator, which is sampled and saved
+WEIGHT_DECAY = 0.03  # of the generator, arXiv 1711.05101: fewer specks, a lower FID
 PRECISION = "auto"  # of products; auto: bfloat16 where the hardware multiplies it
 
 # The measuring
@@ -114,7 +115,7 @@ LIMITS = {  # kind, lowest and highest value, or the words to choose from: setti
     (int, 0, 8): "shift",
     (whole_numbers, 1, 65_536): "generator_widths discriminator_widths",
     (float, 0, 1_000_000): "max_minutes r1 r2 gradient_penalty",
-    (float, 0, 1): "generator_learning_rate discriminator_learning_rate decay_from",
+    (float, 0, 1): "generator_learning_rate discriminator_learning_rate decay_from weight_decay",
     (float, 0, 0.999999): "beta_1 beta_2 ema_decay",
     "true or false": "conditional minibatch_std",
     "a folder": "samples_dir checkpoints_dir",
@@ -785,19 +786,24 @@ def new_state(settings, dataset, strategy):
     with strategy.scope():
         state.generator = build_generator(settings, shape, classes, precision)
         state.discriminator = build_discriminator(settings, shape, classes, precision)
-        state.generator_optimizer = new_adam(settings, state.generator)
+        state.generator_optimizer = new_adam(settings, state.generator, settings.weight_decay)
         state.discriminator_optimizer = new_adam(settings, state.discriminator)
     state.average = build_generator(settings, shape, classes)
     state.average.set_weights(state.generator.get_weights())
     return state
 
 
-def new_adam(settings, model):
-    # Adam adds the replicas' gradients, each of a mean: the sum is divided by their number.
-    adam = optimizers.Adam(0.0, settings.beta_1, settings.beta_2, loss_scale_factor=replicas())
+def new_adam(settings, model, weight_decay=None):
+    adam = optimizers.Adam(
+        0.0,
+        settings.beta_1,
+        settings.beta_2,
+        weight_decay=weight_decay,
+        loss_scale_factor=replicas(),  # Adam adds the replicas' gradients, each of a mean
+    )
     adam.build(model.trainable_variables)
-    has_xla = tf.test.is_built_with_xla() and not gpus()
-    if has_xla and replicas() == 1:  # one pass over the weights: a tenth to a quarter less time
+    if tf.test.is_built_with_xla() and not gpus() and replicas() == 1:
+        # One pass over the weights: a tenth to a quarter less time.
         adam.apply = tf.function(adam.apply, jit_compile=True, autograph=False)
     return adam
 
@@ -1116,8 +1122,10 @@ def load_generator(path=None):
     try:
         as_picture(mosaic(generate(model, 1), 1))
     except Exception:  # Keras raises half a dozen kinds
-        shapes = f"it makes {model.output_shape} of {model.input_shape}"
-        raise UsageError(f"{path} is not a generator of images: {shapes}") from None
+        raise UsageError(
+            f"{path} is not a generator of images:"
+            f" it makes {model.output_shape} of {model.input_shape}"
+        ) from None
     return model
 
 
@@ -1156,8 +1164,10 @@ def load_stand_in():
     """Return 60,000 digits drawn by the shipped generator. Raises RunError where it is missing."""
     if not SHIPPED_GENERATOR.exists():
         raise RunError(f"there is no MNIST: put {MNIST_URL} into {keras_home() / 'datasets'}")
-    print("MNIST is neither in the Keras cache nor to be downloaded. Going on with a stand-in:")
-    print("60,000 digits drawn by the shipped generator. THIS IS NOT MNIST.\n")
+    print(
+        "MNIST is neither in the Keras cache nor to be downloaded. Going on with a stand-in:\n"
+        "60,000 digits drawn by the shipped generator. THIS IS NOT MNIST.\n"
+    )
     images = generate(load_generator(SHIPPED_GENERATOR), 60_000, seed=0)
     return Dataset(images, np.arange(60_000) % 10, "stand-in")
 
@@ -1386,6 +1396,7 @@ def kept_inception(dataset):
     """Return the path of a network that reads the data; train it at first use on nine tenths."""
     path = keras_home() / "gan_mnist" / f"inception_{fingerprint(dataset)[-16:]}.h5"
     if not path.exists():
+        make_writable(path.parent)
         print(f"Training a network to measure {dataset.name}, once, two to three minutes:\n{path}")
         images, labels = dataset.images, dataset.labels
         training = np.random.default_rng(0).permutation(len(images)) % 10 > 0
@@ -1547,8 +1558,10 @@ def set_aside(settings):
         previous.mkdir()
         for path in old:
             shutil.move(path, previous / path.name)
-        print(f"The earlier run's files are in {previous} now; delete them as you like.")
-        print(f"--resume goes on with it with {previous} as --checkpoints-dir and --samples-dir.\n")
+        print(
+            f"The earlier run's files are in {previous} now; delete them as you like.\n"
+            f"--resume goes on with it with {previous} as --checkpoints-dir and --samples-dir.\n"
+        )
 
 
 # ---- The run -------------------------------------------------------------------------------------
@@ -1710,12 +1723,11 @@ def begin(run, resume):
 
 def print_banner(run):
     """Print what is trained on what, where, and the head of the table."""
-    settings = run.settings
-    kind = "class-conditional" if settings.conditional else "unconditional"
+    kind = "class-conditional" if run.settings.conditional else "unconditional"
     print(f"""\
 data           {run.dataset.name}, {run.identity["dataset"]}
-generator      {settings.architecture}, {kind}, {run.state.generator.count_params():,} parameters
-discriminator  {settings.loss} loss, {run.state.discriminator.count_params():,} parameters
+generator      {kind} {run.settings.architecture}, {run.state.generator.count_params():,} parameters
+discriminator  {run.settings.loss} loss, {run.state.discriminator.count_params():,} parameters
 replicas       {run.state.generator.distribute_strategy.num_replicas_in_sync} of both networks
 device         {os.cpu_count()} cores, {len(gpus())} GPUs (on them equal runs may differ)
 numbers        {run.identity["precision"]}, TensorFlow {tf.__version__}
@@ -1886,8 +1898,10 @@ def print_last_words(run):
     print(f"\nLook at {run.settings.samples_dir}/: the grids, metrics.png, training.gif")
     best, kept = best_row(run.history), run.settings.checkpoints_dir / "generator_best.h5"
     if best and kept.exists():
-        print(f"Best: FID {best['fid']:.3f} after epoch {best['epoch']}. Draw more with it:")
-        print("  " + line_to_type("generate", "--checkpoint", str(kept)))
+        print(
+            f"Best: FID {best['fid']:.3f} after epoch {best['epoch']}. Draw more with it:\n  "
+            + line_to_type("generate", "--checkpoint", str(kept))
+        )
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -1972,14 +1986,17 @@ def evaluate_command(settings, options):
 
 def print_report(metrics):
     """Print evaluate's table; what cannot be had is left out."""
-    print(f"{metrics['images']:,} images of {metrics['measured']}")
-    print(f"against {metrics['dataset']}, measured by {metrics['inception']}\n")
+    print(
+        f"{metrics['images']:,} images of {metrics['measured']}\n"
+        f"against {metrics['dataset']}, measured by {metrics['inception']}\n"
+    )
     for name, words in REPORT.items():
-        if metrics.get(name) is not None:
+        if name in metrics:
             print(f"{name:18} {metrics[name]:8.4g}  {words}")
     for number, distance in enumerate(metrics.get("fid_per_class", [])):
         name, share = metrics["class_names"][number], metrics["class_shares"][number]
-        print(f"class {name:<12} {distance or math.nan:8.4g}  FID, share {share:.3f}")
+        distance = math.nan if distance is None else distance
+        print(f"class {name:<12} {distance:8.4g}  FID, share {share:.3f}")
     print(f"\nBeside the nearest training images: {metrics['page']}")
 
 

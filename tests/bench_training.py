@@ -69,8 +69,8 @@ POPULAR = """
     --latent-dim 100 --generator-widths 128,256,512,1024 --discriminator-widths 1024,512,256
     --batch-size 64 --loss non_saturating --r1 0 --r2 0 --shift 0 --minibatch-std false
     --conditional false --generator-learning-rate 2e-4 --discriminator-learning-rate 2e-4
-    --decay-from 1 --beta-1 0.5 --beta-2 0.999 --evaluation-images 100 --evaluate-every 2
-    --sample-every 2
+    --decay-from 1 --weight-decay 0 --beta-1 0.5 --beta-2 0.999
+    --evaluation-images 100 --evaluate-every 2 --sample-every 2
 """
 
 

@@ -503,13 +503,22 @@ def no_mnist():
 
 
 def test_a_class_may_have_any_name_in_the_table_of_evaluate(capsys):
-    metrics = {"images": 9, "measured": "{a}", "dataset": "x", "inception": "y", "fid": None}
+    metrics = {"images": 9, "measured": "{a}", "dataset": "x", "inception": "y"}
     metrics |= {"class_names": ("{cats}", "%s"), "class_shares": [0.2, 0.8], "page": "z"}
     gan_mnist.print_report(metrics | {"kid": 0.25, "fid_per_class": [1.5, None]})
     table = capsys.readouterr().out
     assert "9 images of {a}" in table and "{cats}" in table and " 1.5 " in table and "%s" in table
     lines = [line.split()[:2] for line in table.splitlines()]
     assert ["kid", "0.25"] in lines and not any(line[:1] == ["fid"] for line in lines)
+
+
+def test_a_class_drawn_perfectly_has_an_fid_of_0_in_the_table_and_a_missing_one_has_none(capsys):
+    metrics = {"images": 9, "measured": "a", "dataset": "x", "inception": "y", "page": "z"}
+    metrics |= {"class_names": ("cats", "dogs"), "class_shares": [1, 0]}
+    gan_mnist.print_report(metrics | {"fid_per_class": [0.0, None]})
+    table = capsys.readouterr().out
+    cats, dogs = [line.split() for line in table.splitlines() if line.startswith("class ")]
+    assert cats[:3] == ["class", "cats", "0"] and dogs[:3] == ["class", "dogs", "nan"]
 
 
 # ----- What is kept in the Keras home
@@ -523,8 +532,9 @@ def test_a_home_that_cannot_be_written_costs_one_line(
     monkeypatch.setattr(gan_mnist, "load_dataset", lambda _: few(pictures, 40))
     monkeypatch.chdir(home.parent)
     assert gan_mnist.main(["--batch-size", "20", "--dataset", "mnist"]) in (1, 2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(home) in line
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert str(home) in line and "Training a network" not in printed.out
 
 
 def test_a_damaged_network_is_named_in_one_line(home, untrained, pictures):
