@@ -142,6 +142,19 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(ten_steps):
     assert "2 devices" in ten_steps["refusal"] and "--batch-size 63" in ten_steps["refusal"]
 
 
+def test_a_cluster_of_one_worker_trains_as_one_machine(tiny_flags, tmp_path):
+    # Some clouds set TF_CONFIG for a single machine, too.
+    folders = [tmp_path / name for name in ("cluster", "machine")]
+    for folder in folders:
+        folder.mkdir()
+    words = command(*tiny_flags, "--epochs", 1)
+    worker = result_of(start_workers(words, folders[:1])[0], 120)
+    assert (worker.status, worker.err) == (0, "")
+    assert run(*tiny_flags, "--epochs", 1, cwd=folders[1]).status == 0
+    clustered, alone = [float(rows(folder)[0]["generator_loss"]) for folder in folders]
+    assert clustered == pytest.approx(alone, rel=1e-3)
+
+
 # ----- Workers stop as one, and only the chief is seen
 
 
